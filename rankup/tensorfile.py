@@ -1,0 +1,232 @@
+"""Reading safetensors files by range and writing them canonically, without mapping or loading the whole file.
+
+The container (github.com/huggingface/safetensors): 8 bytes little-endian header length, the header as JSON, then the
+tensors' raw little-endian bytes in row-major order. What this reader adds to the usual one:
+- the header's length is capped before it is read, duplicate names are refused;
+- every extent must be exactly `product(shape) * size of dtype` bytes, and the extents must follow each other from 0 to
+  the end of the file, without a gap or an overlap. So no byte of a file escapes the hashes of its tensors and header.
+
+The writer is canonical: the same tensors and metadata give the same bytes, whatever the order they come in. Widest
+dtypes stand first and the header is padded to 8 bytes, so every tensor is aligned to its element size.
+
+It knows dtypes as names, not as arrays, and does not check hashes. Files of deltas have a stricter reader of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rankup.errors import InputError, IntegrityError, NotFoundError
+from rankup.records import BlobRef
+
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+MAX_DIMENSIONS = 8
+DTYPE_BYTES: Mapping[str, int] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "F32": 4,
+    "I32": 4,
+    "F64": 8,
+    "I64": 8,
+}
+
+Content = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class TensorExtent:
+    """Where a tensor lies: bytes `start` to `stop` of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class TensorFile:
+    """A safetensors file behind `read_at(start, length) -> bytes`; only the header is read up front.
+
+    Raises:
+        IntegrityError: the file breaks the rules in the module's docstring, or `read_at` returned too few bytes.
+    """
+
+    def __init__(self, read_at: Callable[[int, int], bytes], size_bytes: int) -> None:
+        self._read_at = read_at
+        self._close: Callable[[], None] | None = None
+        self.size_bytes = size_bytes
+        self.entries, self.metadata = _parse(self._read, size_bytes)
+
+    @classmethod
+    def open(cls, path: Path) -> TensorFile:
+        """Open a local file; close it with `close` or a `with` block."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as exc:
+            raise NotFoundError(f"there is no file {path}", remedy="Pull the version again.") from exc
+        except OSError as exc:
+            raise InputError(f"cannot read {path}: {exc.strerror}") from exc
+        try:
+            file = cls(lambda start, length: _pread(descriptor, start, length), os.fstat(descriptor).st_size)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        file._close = lambda: os.close(descriptor)
+        return file
+
+    def close(self) -> None:
+        if self._close is not None:
+            self._close()
+            self._close = None
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of their bytes."""
+        return iter(self.entries)
+
+    def read(self, name: str) -> bytes:
+        """Raw bytes of one tensor.
+
+        Raises:
+            NotFoundError: the file has no such tensor.
+        """
+        extent = self.entries.get(name)
+        if extent is None:
+            raise NotFoundError(f"the file has no tensor {name!r}", remedy="Check the manifest of this version.")
+        return self._read(extent.start, extent.stop - extent.start)
+
+    def _read(self, start: int, length: int) -> bytes:
+        data = self._read_at(start, length)
+        if len(data) != length:
+            raise IntegrityError(f"the tensor file ends early: {len(data)} of {length} bytes at {start}")
+        return data
+
+
+def _pread(descriptor: int, start: int, length: int) -> bytes:
+    # One pread returns at most about 2 GiB on Linux.
+    data = os.pread(descriptor, length, start)
+    if len(data) == length or not data:
+        return data
+    parts = [data]
+    done = len(data)
+    while done < length:
+        part = os.pread(descriptor, length - done, start + done)
+        if not part:
+            break
+        parts.append(part)
+        done += len(part)
+    return b"".join(parts)
+
+
+def _parse(read: Callable[[int, int], bytes], size_bytes: int) -> tuple[dict[str, TensorExtent], dict[str, str]]:
+    if size_bytes < 8:
+        raise IntegrityError(f"a tensor file of {size_bytes} bytes has no header")
+    header_bytes = int.from_bytes(read(0, 8), "little")
+    if header_bytes > min(MAX_HEADER_BYTES, size_bytes - 8):
+        raise IntegrityError(f"the tensor file's header claims {header_bytes} bytes")
+    try:
+        header = json.loads(read(8, header_bytes), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as exc:
+        raise IntegrityError(f"the tensor file's header is not valid: {exc}") from exc
+    if not isinstance(header, dict):
+        raise IntegrityError("the tensor file's header is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise IntegrityError("the tensor file's metadata is not a table of strings")
+    extents = {name: _extent(name, entry, 8 + header_bytes) for name, entry in header.items()}
+    ordered = dict(sorted(extents.items(), key=lambda item: (item[1].start, item[1].stop)))
+    position = 8 + header_bytes
+    for name, extent in ordered.items():
+        if extent.start != position:
+            raise IntegrityError(f"tensor {name!r} starts at byte {extent.start}, not at {position}")
+        position = extent.stop
+    if position != size_bytes:
+        raise IntegrityError(f"the tensors end at byte {position} of {size_bytes}")
+    return ordered, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return table
+
+
+def _extent(name: str, entry: object, base: int) -> TensorExtent:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise IntegrityError(f"tensor {name!r} needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise IntegrityError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or not _naturals(offsets) or len(offsets) != 2:
+        raise IntegrityError(f"tensor {name!r} has no valid shape and extent")
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise IntegrityError(f"tensor {name!r} has {offsets[1] - offsets[0]} bytes for {dtype} {tuple(shape)}")
+    return TensorExtent(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**60 for item in value)
+
+
+def write_tensor_file(
+    target: Path | IO[bytes],
+    tensors: Mapping[str, tuple[str, tuple[int, ...], Content]],
+    metadata: Mapping[str, str] | None = None,
+) -> BlobRef:
+    """Write name -> (dtype, shape, raw little-endian bytes) as a safetensors file; returns its hash and size.
+
+    Raises:
+        InputError: an unknown dtype, or bytes that do not fit the shape.
+    """
+    order = sorted(tensors, key=lambda name: (-DTYPE_BYTES.get(tensors[name][0], 0), name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name in order:
+        dtype, shape, content = tensors[name]
+        length = memoryview(content).nbytes
+        if dtype not in DTYPE_BYTES or length != math.prod(shape) * DTYPE_BYTES[dtype]:
+            raise InputError(f"tensor {name!r}: {length} bytes are not {dtype} {tuple(shape)}")
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + length]}
+        position += length
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise InputError(f"a header of {len(text)} bytes is above the limit of {MAX_HEADER_BYTES}")
+    if isinstance(target, Path):
+        with target.open("wb") as file:
+            return _write(file, text, (tensors[name][2] for name in order))
+    return _write(target, text, (tensors[name][2] for name in order))
+
+
+def _write(file: IO[bytes], header: bytes, contents: Iterator[Content]) -> BlobRef:
+    digest = hashlib.sha256()
+    size_bytes = 0
+    for part in (len(header).to_bytes(8, "little"), header):
+        file.write(part)
+        digest.update(part)
+        size_bytes += len(part)
+    for content in contents:
+        flat = memoryview(content)
+        file.write(flat)
+        digest.update(flat)
+        size_bytes += flat.nbytes
+    return BlobRef(sha256=digest.hexdigest(), size_bytes=size_bytes)
