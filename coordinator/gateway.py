@@ -1,0 +1,55 @@
+"""The gateway: the HTTP application that is all a volunteer, an organiser's command or a reader can reach.
+
+    layers.py          what sees every request first: size, request id, security headers, crashes
+    access.py          tokens
+    routes_worker.py   enrol, claim, heartbeat, return, upload, submit
+    routes_round.py    look at rounds; open, close and cancel them
+    routes_model.py    models, versions, blobs, datasets, health
+    routes_page.py     the status page
+    problems.py        refusals
+
+What always holds: the application keeps no state but caches, so any number of replicas serve together and each may be
+killed at any time. It starts no server: Ray Serve runs it in production (serving.py), uvicorn or an in-process
+transport in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from coordinator import openapi, routes_model, routes_page, routes_round, routes_worker
+from coordinator.access import Desk, GatewayDeps
+from coordinator.layers import BodyLimit, Envelope
+from coordinator.problems import install_handlers
+
+__all__ = ["GatewayDeps", "create_app"]
+
+
+def create_app(deps: GatewayDeps) -> FastAPI:
+    """The application over these parts. Nothing is connected before a request needs it."""
+    desk = Desk(deps)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await desk.close()
+
+    app = FastAPI(
+        lifespan=lifespan,
+        openapi_url="/v1/openapi.json",
+        docs_url=None,  # Its page would load scripts from elsewhere.
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.desk = desk
+    install_handlers(app)
+    for module in (routes_model, routes_worker, routes_round, routes_page):
+        app.include_router(module.router)
+    openapi.install(app)
+    # The last one added is the outermost: even a refusal of BodyLimit carries the request id and the headers.
+    app.add_middleware(BodyLimit, max_bytes=deps.settings.max_body_bytes)
+    app.add_middleware(Envelope)
+    return app

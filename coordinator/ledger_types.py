@@ -1,0 +1,80 @@
+"""What the ledger hands out besides leases: workers, the answer that there is no work, heartbeats' answers, rounds.
+
+All are frozen values of one moment; changing what they stand for goes through `coordinator.ledger`. No I/O here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.leases import Lease
+from coordinator.rounds import RoundFacts
+from rankup.protocol import DeviceProfile, RoundView
+from rankup.records import RoundRecord
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A volunteer's machine as it enrolled."""
+
+    worker_id: str
+    name: str
+    public_key: str
+    device: DeviceProfile
+    enrolled_at: float
+
+
+@dataclass(frozen=True)
+class NoWork:
+    """Why there is no lease, in plain words, and when to ask again."""
+
+    reason: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a heartbeat learns: the lease, and whether training it further can be of use."""
+
+    lease: Lease
+    go_on: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundStatus:
+    """A round as it is now: what was fixed when it opened, and what the machine knows, counts included."""
+
+    record: RoundRecord
+    facts: RoundFacts
+    rev: int
+
+    def view(self) -> RoundView:
+        """The round as everybody may see it."""
+        record, facts, counts = self.record, self.facts, self.facts.counts
+        return RoundView(
+            round_id=record.round_id,
+            model=record.request.model,
+            dataset=record.request.dataset,
+            state=facts.state,
+            reason=facts.failure or facts.reason,
+            index=record.index,
+            repeat=facts.repeat,
+            base_version=record.base_version,
+            base_manifest=record.base_manifest,
+            recipe=record.request.recipe,
+            shards=facts.shards,
+            quorum=facts.quorum,
+            min_contributions=facts.min_contributions,
+            deadline_at=facts.deadline_at,
+            opened_at=facts.opened_at,
+            closed_at=facts.closed_at,
+            free=counts.free,
+            leased=counts.leased,
+            submitted=counts.submitted,
+            accepted=counts.accepted,
+            rejected=counts.rejected,
+            published_version=facts.published_version,
+            heldout_loss=facts.heldout_loss,
+            parent_heldout_loss=facts.parent_heldout_loss,
+        )

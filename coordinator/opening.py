@@ -1,0 +1,191 @@
+"""Opening a round: from what the organiser asked for to a record in object storage and an open round in the ledger.
+
+What always holds:
+- everything a worker could stumble over is checked before anything is written: model, dataset, number of shards,
+  targets, size of a delta;
+- the record is written to object storage before the ledger hears of the round, so a lost ledger loses no round;
+- rounds of one campaign share the end of their names, and the name of the next one follows from the one before it:
+  who opens round `index` twice (a keeper that was killed in between) opens it once, on the record that was written
+  first.
+
+It decides nothing about when a round opens; the gateway (first round) and the keeper (the others) do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable
+
+from pydantic import ValidationError
+
+from coordinator.catalogue import read_card, read_manifest, read_pointer
+from coordinator.grants import delta_bound_bytes
+from coordinator.ledger import Ledger
+from rankup.errors import ConflictError, InputError, IntegrityError, NotFoundError
+from rankup.protocol import MAX_TARGETS, Recipe, RoundRequest, Target, canonical_json
+from rankup.records import BlobRef, DatasetCard, Manifest, RoundRecord
+from rankup.store import Store
+from rankup.versions import round_key
+
+MAX_RECORD_BYTES = 256 * 1024**2
+MAX_MODEL_CHARS = 48
+"""Of the model's name in a round's name, which has 64 characters at most."""
+NAME_ATTEMPTS = 8
+
+
+async def open_round(
+    ledger: Ledger,
+    store: Store,
+    request: RoundRequest,
+    *,
+    index: int,
+    previous: RoundRecord | None,
+    now: float,
+    max_delta_bytes: int | None = None,
+    publisher_key: str | None = None,
+) -> RoundRecord:
+    """Open round `index` (from 0) of a campaign; `previous` is the record of the round before it, None for the first.
+
+    The shards go on where the previous round stopped and wrap around at the end of the dataset. The base is the model's
+    latest version at this moment, signed by `publisher_key` where one is given. Opening the same later round twice
+    returns the record of the first time.
+
+    Raises:
+        NotFoundError: no such model or dataset.
+        IntegrityError: the stored manifest, card or record fails its checks.
+        InputError: too many shards, a target that does not exist, or deltas above `max_delta_bytes`.
+        UnreachableError: object storage or the ledger does not answer; call again.
+    """
+    after = previous.round_id if previous is not None else None
+    if previous is not None:
+        with contextlib.suppress(NotFoundError):
+            known = await ledger.record(next_round_id(previous, index))
+            return (await ledger.create_round(known, now, after=after)).record
+    pointer = await asyncio.to_thread(read_pointer, store, request.model)
+    manifest = await asyncio.to_thread(read_manifest, store, pointer, publisher_key=publisher_key)
+    card = await asyncio.to_thread(read_card, store, request.dataset)
+    targets = select_targets(manifest, request.recipe)
+    size = delta_bound_bytes(targets, request.recipe.rank)
+    if max_delta_bytes is not None and size > max_delta_bytes:
+        raise InputError(
+            f"A delta of rank {request.recipe.rank} may have {size} bytes; this server takes {max_delta_bytes}.",
+            remedy="Choose a lower rank or fewer target_modules, or raise RANKUP_COORDINATOR_MAX_DELTA_BYTES.",
+        )
+
+    def record_named(round_id: str) -> RoundRecord:
+        return RoundRecord(
+            round_id=round_id,
+            request=request,
+            index=index,
+            base_version=pointer.version,
+            base_manifest=pointer.manifest,
+            shards=pick_shards(card, count=request.shards, index=index),
+            targets=targets,
+            opened_at=now,
+        )
+
+    if previous is None:
+        record = await _write_first(store, record_named, model=request.model, index=index)
+    else:
+        record = await asyncio.to_thread(_write_once, store, record_named(next_round_id(previous, index)))
+    return (await ledger.create_round(record, now, after=after)).record
+
+
+def first_round_id(model: str, index: int = 0) -> str:
+    """A fresh name, like `tiny-r0001-9f3c2a`: sortable within its campaign, whose mark is the end."""
+    return _round_id(model, index, secrets.token_hex(3))
+
+
+def next_round_id(previous: RoundRecord, index: int) -> str:
+    """The one name that round `index` of the campaign of `previous` can have."""
+    return _round_id(previous.request.model, index, previous.round_id.rpartition("-")[2])
+
+
+def _round_id(model: str, index: int, campaign: str) -> str:
+    return f"{model[:MAX_MODEL_CHARS]}-r{index + 1:04d}-{campaign}"
+
+
+def pick_shards(card: DatasetCard, *, count: int, index: int) -> tuple[BlobRef, ...]:
+    """`count` shards in the dataset's order, after those of the campaign's earlier rounds, around the end.
+
+    Raises:
+        InputError: the dataset has fewer than `count` shards.
+    """
+    total = len(card.shards)
+    if count > total:
+        raise InputError(
+            f"The round asks for {count} shards; dataset {card.dataset} has {total}.",
+            remedy=f"Ask for at most {total} shards, or build the dataset with more and smaller ones.",
+        )
+    start = index * count % total
+    return tuple(card.shards[(start + place) % total] for place in range(count))
+
+
+def select_targets(manifest: Manifest, recipe: Recipe) -> dict[str, Target]:
+    """Weights that a delta of this recipe changes: name -> shape, sorted by name.
+
+    `target_modules` works as in peft: an entry selects every module whose dotted name is the entry or ends with
+    `.entry`.
+
+    Raises:
+        InputError: an entry selects nothing, or there are no targets, or too many.
+    """
+    targets = manifest.targets()
+    if recipe.target_modules != "all-linear":
+        unused = set(recipe.target_modules)
+        chosen: dict[str, Target] = {}
+        for name, target in targets.items():
+            module = name.removesuffix(".weight")
+            hits = {entry for entry in recipe.target_modules if module == entry or module.endswith(f".{entry}")}
+            if hits:
+                chosen[name] = target
+                unused -= hits
+        if unused:
+            known = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in targets})
+            raise InputError(
+                f"No linear layer of {manifest.model} is called {sorted(unused)[0]}.",
+                remedy=f"Choose target_modules among: {', '.join(known[:20])}.",
+            )
+        targets = chosen
+    if not targets:
+        raise InputError(
+            f"Model {manifest.model} has no linear layer that a delta may change.",
+            remedy="Import a model with linear layers.",
+        )
+    if len(targets) > MAX_TARGETS:
+        raise InputError(
+            f"The recipe selects {len(targets)} weights; {MAX_TARGETS} is the most.",
+            remedy="Name fewer layers in target_modules.",
+        )
+    return targets
+
+
+async def _write_first(
+    store: Store, record_named: Callable[[str], RoundRecord], *, model: str, index: int
+) -> RoundRecord:
+    for _ in range(NAME_ATTEMPTS):
+        record = record_named(first_round_id(model, index))
+        try:
+            await asyncio.to_thread(_write, store, record)
+        except ConflictError:
+            continue  # 24 random bits met an older campaign of the same model.
+        return record
+    raise ConflictError(f"no free name for a round of {model}", remedy="Try again.")
+
+
+def _write(store: Store, record: RoundRecord) -> None:
+    store.put(round_key(record.round_id), canonical_json(record), if_absent=True, content_type="application/json")
+
+
+def _write_once(store: Store, record: RoundRecord) -> RoundRecord:
+    """Write the record, or read the one that a caller before us wrote."""
+    try:
+        _write(store, record)
+    except ConflictError:
+        try:
+            return RoundRecord.model_validate_json(store.get(round_key(record.round_id), max_bytes=MAX_RECORD_BYTES))
+        except ValidationError as exc:
+            raise IntegrityError(f"the record of round {record.round_id} is not readable") from exc
+    return record

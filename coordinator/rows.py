@@ -1,0 +1,193 @@
+"""Rows of a training set: which shapes are taken, how a row is cleaned, and when two rows are too alike.
+
+The shapes are TRL's (https://huggingface.co/docs/trl/dataset_formats); a row has exactly one of them:
+
+| shape | fields |
+|---|---|
+| text | `text` |
+| messages | `messages`, a conversation |
+| prompt-completion | `prompt` and `completion`, both text or both conversations |
+| preference | `prompt`, `chosen` and `rejected`, all text or all conversations |
+
+What always holds:
+- a parsed row holds the fields of its shape and no other, strings and messages only, in Unicode NFC, without control
+  characters but line feed and tab, and it can be written as UTF-8;
+- cleaning a clean row changes nothing;
+- the space between a plain prompt and its completion is part of the text and stays.
+
+Nothing here does I/O, and nothing here depends on other rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rankup.errors import InputError
+
+Row = dict[str, Any]
+
+SHAPES: Mapping[str, tuple[str, ...]] = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+"""Shape -> its fields. The first shape whose fields a row has is the row's."""
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+NGRAM_WORDS = 13
+"""Length of the word sequences by which overlap is found, as in GPT-3 (arXiv:2005.14165, appendix C)."""
+MIN_ANSWER_WORDS = 4
+"""A shorter answer ("yes", "42") says nothing about where a row comes from."""
+
+_REMOVED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
+_WORD = re.compile(r"\w+")
+
+
+class RowError(InputError):
+    """A row breaks its shape; the message names the field but not the line."""
+
+
+def parse_row(text: str) -> tuple[str, Row, tuple[str, ...]]:
+    """Check one JSON object; returns its shape with plain or chat ("text", "prompt-completion chat", ...), its fields
+    of that shape, and the names of the fields that were left out.
+
+    Raises RowError.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise RowError(f"is not JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise RowError(f"is {_kind(value)}, not a JSON object")
+    value = {name: content for name, content in value.items() if content is not None}
+    shape = next((shape for shape, fields in SHAPES.items() if value.keys() >= set(fields)), None)
+    if shape is None:
+        wanted = "; ".join(" and ".join(fields) for fields in SHAPES.values())
+        raise RowError(f"has the fields {sorted(value)[:8]}, none of the shapes: {wanted}")
+    chat: set[bool] = set()
+    row: Row = {}
+    for field in SHAPES[shape]:
+        content = value[field]
+        if isinstance(content, list) and shape != "text":
+            row[field] = _messages(field, content)
+        elif isinstance(content, str) and shape != "messages":
+            row[field] = content
+        else:
+            wanted = {"text": "text", "messages": "a list of messages"}.get(shape, "text or a list of messages")
+            raise RowError(f"field {field}: is {_kind(content)}, not {wanted}")
+        chat.add(isinstance(content, list))
+    if len(chat) > 1:
+        raise RowError(f"fields {', '.join(SHAPES[shape])}: must all be text or all be lists of messages")
+    extra = tuple(sorted(value.keys() - set(SHAPES[shape])))
+    return f"{shape} chat" if chat == {True} and shape != "messages" else shape, row, extra
+
+
+def _messages(field: str, messages: list[Any]) -> list[dict[str, str]]:
+    if not messages:
+        raise RowError(f"field {field}: has no message")
+    checked = []
+    for number, message in enumerate(messages):
+        where = f"field {field}[{number}]"
+        if not isinstance(message, dict):
+            raise RowError(f"{where}: is {_kind(message)}, not a message")
+        # Columnar files fill absent fields with null.
+        present = {name: value for name, value in message.items() if value is not None}
+        if odd := sorted(present.keys() - {"role", "content"}):
+            raise RowError(f"{where}: has the unknown field {odd[0]}; a message has role and content")
+        role, content = present.get("role"), present.get("content")
+        if not isinstance(role, str) or role not in ROLES:
+            raise RowError(f"{where}.role: must be one of {', '.join(sorted(ROLES))}")
+        if not isinstance(content, str):
+            raise RowError(f"{where}.content: is {_kind(content)}, not text")
+        checked.append({"role": role, "content": content})
+    return checked
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+# -- cleaning ----------------------------------------------------------------------------------------------------------
+
+
+def clean_text(text: str) -> str:
+    """NFC, line feeds only, no other control characters, no byte order mark, no half of a surrogate pair."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    # Removing can bring a letter and its accent together, so it comes first.
+    return unicodedata.normalize("NFC", _REMOVED.sub("", text))
+
+
+def clean_row(row: Row) -> Row | None:
+    """The row with clean, stripped texts; None when a field or a message has nothing left."""
+    cleaned: Row = {}
+    for field, content in row.items():
+        if isinstance(content, str):
+            text = clean_text(content)
+            # A plain prompt runs on into what follows it: the space between them belongs to the text.
+            opens, ends = field in ("prompt", "text"), field != "prompt"
+            text = text.lstrip() if opens else text
+            text = text.rstrip() if ends else text
+            if not text.strip():
+                return None
+            cleaned[field] = text
+        else:
+            messages = [{"role": m["role"], "content": clean_text(m["content"]).strip()} for m in content]
+            if not all(message["content"] for message in messages):
+                return None
+            cleaned[field] = messages
+    return cleaned
+
+
+def encode_row(row: Row) -> str:
+    """The row as canonical JSON on one line: equal rows, equal text."""
+    return json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(text: str) -> str:
+    """Hex sha256 of the text as UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- likeness ----------------------------------------------------------------------------------------------------------
+
+
+def features(row: Row) -> set[bytes]:
+    """What the row shares with one that is too alike: its prompt as a whole, its answer as a whole, and every 13 words
+    in a row of either. Case, punctuation and spacing do not count; prompts are only like prompts, answers like answers.
+
+    Text that is no conversation counts as an answer; what a system message says counts as neither.
+    """
+    found: set[bytes] = set()
+    for part, text in _parts(row):
+        words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+        if words and (part == "prompt" or len(words) >= MIN_ANSWER_WORDS):
+            found.add(_feature(part, "whole", words))
+        for start in range(len(words) - NGRAM_WORDS + 1):
+            found.add(_feature(part, "ngram", words[start : start + NGRAM_WORDS]))
+    return found
+
+
+def _feature(part: str, kind: str, words: list[str]) -> bytes:
+    return hashlib.blake2b(f"{part} {kind} {' '.join(words)}".encode(), digest_size=16).digest()
+
+
+def _parts(row: Row) -> Iterator[tuple[str, str]]:
+    for field, content in row.items():
+        if isinstance(content, str):
+            yield ("prompt" if field == "prompt" else "answer"), content
+            continue
+        answers = [message["content"] for message in content if message["role"] == "assistant"]
+        asked = [message["content"] for message in content if message["role"] in ("user", "tool")]
+        if field == "prompt":
+            # Earlier turns of the assistant are a part of what is asked.
+            asked, answers = [m["content"] for m in content if m["role"] not in ("system", "developer")], []
+        if asked:
+            yield "prompt", "\n".join(asked)
+        if answers:
+            yield "answer", "\n".join(answers)

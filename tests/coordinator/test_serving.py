@@ -1,0 +1,79 @@
+"""The gateway as Ray Serve runs it, over real Valkey and S3."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx2
+import pytest
+from gateway_world import INVITE, ORGANISER_TOKEN, SHARDS, World, add_dataset, make_manifest, publish, sha256
+from pydantic import SecretStr
+
+from rankup.protocol import LeaseGrant
+from rankup.settings import CoordinatorSettings
+from rankup.signing import generate_private_key, load_private_key, public_key_hex, save_private_key
+from rankup.store import open_store
+
+if TYPE_CHECKING:
+    from conftest import ValkeyServer
+
+    from coordinator.cluster import Cluster
+    from rankup.local import LocalServices
+
+pytestmark = pytest.mark.stack
+
+
+@pytest.fixture
+def world(ray_cluster: Cluster, local_services: LocalServices, valkey: ValkeyServer, tmp_path: Path) -> Iterator[World]:
+    from coordinator.cluster import start_serve
+    from coordinator.serving import deploy_gateway, remove_gateway
+
+    key_file = tmp_path / "publisher.key"
+    save_private_key(key_file, generate_private_key())
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    settings = CoordinatorSettings(
+        port=port,
+        invite=SecretStr(INVITE),
+        organiser_token=SecretStr(ORGANISER_TOKEN),
+        publisher_key_file=key_file,
+        max_body_bytes=16_384,
+    )
+    store = open_store(local_services.store_settings)
+    store.ensure_bucket()
+    start_serve("127.0.0.1", port)
+    deploy_gateway(local_services.store_settings, valkey.ledger_settings, settings)
+    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+        yield World(http, store, settings, load_private_key(key_file), valkey.ledger_settings)
+    remove_gateway()
+
+
+def put_by_ticket(world: World, lease: LeaseGrant, auth: dict[str, str], delta: bytes) -> httpx2.Response:
+    asked = {"fence": lease.fence, "sha256": sha256(delta), "size_bytes": len(delta)}
+    ticket = world.http.post(f"/v1/leases/{lease.lease_id}/upload", json=asked, headers=auth).json()
+    return httpx2.put(ticket["url"], content=delta, headers=ticket["headers"])
+
+
+def test_a_round_goes_through_serve_valkey_and_s3(world: World) -> None:
+    assert world.http.get("/v1/ready").json() == {"status": "ok"}
+    assert world.http.get("/v1/info").json()["publisher_key"] == public_key_hex(world.publisher)
+    publish(world.store, world.publisher, make_manifest(0, None, 3.4, model="served"))
+    card = add_dataset(world.store, "served-rows")
+    request = {"model": "served", "dataset": "served-rows", "shards": SHARDS}
+    opened = world.http.post("/v1/rounds", json=request, headers=world.organiser)
+    assert opened.status_code == 201, opened.text
+    ada = world.join()
+    lease = world.claim(ada)
+    shard = httpx2.get(lease.shard_link.url).content
+    assert sha256(shard) == lease.shard_link.sha256
+    assert world.http.get(f"/v1/blobs/{card.shards[0].sha256}", follow_redirects=True).content
+    assert put_by_ticket(world, lease, ada.auth, b"a delta").status_code == 200
+    url = f"/v1/leases/{lease.lease_id}/submit"
+    assert world.http.post(url, json=ada.submission(lease, b"a delta"), headers=ada.auth).status_code == 202
+    assert world.http.post("/v1/workers", content=b" " * 20_000).status_code == 413
+    assert world.http.get("/v1/nothing").headers["content-type"] == "application/problem+json"
+    assert "served" in world.http.get("/").text
+    assert world.judge_all(opened.json()["round_id"]) == "open"
