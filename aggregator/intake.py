@@ -1,0 +1,97 @@
+"""Intake: brings an uploaded delta in, has it judged, and keeps the verdict and, if it is good, the bytes.
+
+What always holds:
+- an existing receipt of the same lease wins: admitting twice gives the first answer;
+- an accepted delta is a blob before its receipt exists, and its receipt exists before the upload is removed, so a crash
+  anywhere leaves either the upload or everything;
+- no more than the round's size limit is ever downloaded;
+- an accepted receipt is never replaced; a rejected one only by the acceptance of the same bytes under another lease.
+
+The checks themselves are `aggregator.admission`; this module moves bytes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from aggregator.admission import judge, refuse
+from rankup.errors import ConflictError, IntegrityError, NotFoundError
+from rankup.protocol import canonical_json
+from rankup.records import Receipt, RoundRecord, Submission
+from rankup.store import Store, blob_key, put_blob_file
+from rankup.versions import receipt_key, upload_key
+
+MAX_RECEIPT_BYTES = 256 * 1024
+
+
+def admit(store: Store, record: RoundRecord, submission: Submission, *, max_delta_bytes: int, now: float) -> Receipt:
+    """Judge one submission and store the receipt under `receipt_key`; idempotent.
+
+    `now` is Unix seconds. Raises what the store raises, DiskFullError, and ConflictError when somebody else wrote
+    another receipt for the same bytes meanwhile; trying again then gives theirs.
+    """
+    statement = submission.statement
+    upload = upload_key(statement.lease_id, statement.sha256)
+    key = receipt_key(record.round_id, statement.sha256)
+    stored = _stored_receipt(store, key)
+    before, etag = stored if stored is not None else (None, None)
+    if before is not None and before.submission.statement.lease_id == statement.lease_id:
+        store.delete(upload)
+        return before
+    taken = before is not None and before.accepted
+    with tempfile.TemporaryDirectory(prefix="rankup-admit-") as folder:
+        path = Path(folder) / "delta"
+        refusal = _download(store, upload, path, submission, max_delta_bytes)
+        if refusal:
+            receipt = refuse(submission, refusal, now)
+        else:
+            receipt = judge(path, record, submission, max_delta_bytes=max_delta_bytes, seen=lambda _: taken, now=now)
+        if receipt.accepted:
+            put_blob_file(store, path)
+    if before is None:
+        try:
+            store.put(key, canonical_json(receipt), if_absent=True, content_type="application/json")
+        except ConflictError:
+            stored = _stored_receipt(store, key)
+            if stored is None or stored[0].submission.statement.lease_id != statement.lease_id:
+                raise
+            receipt = stored[0]
+    elif receipt.accepted:
+        store.swap(key, canonical_json(receipt), etag=etag)
+    store.delete(upload)
+    return receipt
+
+
+def _download(store: Store, upload: str, path: Path, submission: Submission, max_delta_bytes: int) -> str:
+    """Bring the delta to `path`; why it cannot be judged, or an empty string."""
+    statement = submission.statement
+    # A worker whose bytes the bucket holds already was told not to send them again.
+    for key in (upload, blob_key(statement.sha256)):
+        info = store.head(key)
+        if info is None:
+            continue
+        if info.size_bytes > max_delta_bytes:
+            return f"the delta has {info.size_bytes} bytes; the limit is {max_delta_bytes}"
+        if info.size_bytes != statement.size_bytes:
+            return f"the delta has {info.size_bytes} bytes, but {statement.size_bytes} were signed for"
+        try:
+            store.get_file(key, path)
+        except NotFoundError:
+            continue
+        return ""
+    return "the delta was never uploaded"
+
+
+def _stored_receipt(store: Store, key: str) -> tuple[Receipt, str] | None:
+    """A receipt that exists, with its etag."""
+    try:
+        data, etag = store.get_with_etag(key, max_bytes=MAX_RECEIPT_BYTES)
+    except NotFoundError:
+        return None
+    try:
+        return Receipt.model_validate_json(data), etag
+    except ValidationError as exc:
+        raise IntegrityError(f"the receipt under {key} cannot be read") from exc
