@@ -1,0 +1,56 @@
+"""How the agent gets a base version: a pull from the gateway, seen as one function so that tests can stand in for it.
+
+What always holds: when it returns, every file in the folder has the hash that the manifest signed by `publisher_key`
+names, and the digest returned is that manifest's. Retries are the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+
+class PullBase(Protocol):
+    """Have version `version` of `model` in `folder`; returns the digest of its manifest."""
+
+    def __call__(
+        self,
+        server: str,
+        model: str,
+        version: int,
+        folder: Path,
+        *,
+        publisher_key: str,
+        progress: Callable[[int, int], None],
+    ) -> str: ...
+
+
+def pull_base(
+    server: str,
+    model: str,
+    version: int,
+    folder: Path,
+    *,
+    publisher_key: str,
+    progress: Callable[[int, int], None],
+) -> str:
+    """`rankup.pull.pull` from the gateway at `server`; raises what that raises, after two tries a request."""
+    from rankup.pull import PullProgress, pull
+    from rankup.sources import GatewaySource, Patience
+
+    def on_progress(at: PullProgress) -> None:
+        if at.stage == "downloading":
+            progress(at.done_bytes, at.total_bytes)
+
+    with GatewaySource(server) as source:
+        pulled = pull(
+            source,
+            model,
+            version,
+            folder,
+            publisher_key=publisher_key,
+            progress=on_progress,
+            patience=Patience(attempts=2),
+        )
+    return pulled.digest

@@ -1,0 +1,206 @@
+"""What a volunteer sees: a live view in a terminal, plain lines elsewhere, or one JSON object per event.
+
+What always holds: every display is a function of events only, nothing here decides anything; a JSON line is
+`{"event": "<name in kebab case>", ...fields}`, its names are part of the command line's interface; errors are shown
+with their remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from worker.events import (
+    Abandoned,
+    Claimed,
+    Downloading,
+    Dropped,
+    Enrolled,
+    NoWork,
+    Problem,
+    Starting,
+    Step,
+    Submitted,
+    Uploading,
+    Verdict,
+    Waiting,
+    WorkerEvent,
+)
+
+Report = Callable[[WorkerEvent], None]
+_HISTORY = 8
+_QUIET_S = 2.0
+
+
+@contextmanager
+def open_display(*, as_json: bool = False, console: Console | None = None) -> Iterator[Report]:
+    """The display that fits: JSON when asked, a live view in a terminal, plain lines where output goes elsewhere."""
+    console = console or Console()
+    if as_json:
+        yield lambda event: write_json(event, sys.stdout)
+    elif console.is_terminal:
+        with LiveDisplay(console) as display:
+            yield display
+    else:
+        yield PlainDisplay(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def event_fields(event: WorkerEvent) -> dict[str, Any]:
+    """The event as the JSON object of `--json`."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(event).__name__).lower()
+    if isinstance(event, Problem):
+        return {"event": name, "code": event.error.code, "cause": event.error.cause, "remedy": event.error.remedy}
+    return {"event": name, **dataclasses.asdict(event)}
+
+
+def write_json(event: WorkerEvent, stream: IO[str]) -> None:
+    """One line, flushed, so that a reader at the other end of a pipe sees it at once."""
+    stream.write(json.dumps(event_fields(event), ensure_ascii=False) + "\n")
+    stream.flush()
+
+
+def describe(event: WorkerEvent) -> str:
+    """The event in plain words, one line."""
+    match event:
+        case Enrolled():
+            return f"{'Joined' if event.new else 'Back at'} {event.server} as {event.name} ({event.worker_id})"
+        case Claimed():
+            return (
+                f"Got shard {event.shard} of round {event.round_id}: {event.steps} steps on {event.model} "
+                f"version {event.base_version}"
+            )
+        case NoWork():
+            return f"No work now: {event.reason or 'no open round'}; asking again in {event.retry_after_s:.0f} s"
+        case Downloading():
+            name = "the base version" if event.what == "base" else "the shard"
+            return f"Downloading {name}: {_amount(event.done)} of {_amount(event.total)}"
+        case Starting():
+            return "Loading the model"
+        case Step():
+            return f"Step {event.step} of {event.steps}: loss {event.loss:.3f}, {event.tokens_per_s:.0f} tokens/s"
+        case Uploading():
+            return f"Uploading the delta: {_amount(event.done)} of {_amount(event.total)}"
+        case Submitted():
+            return f"Handed in {event.contribution[:12]}: {event.tokens} tokens; the verdict follows"
+        case Verdict():
+            return f"{'Accepted' if event.accepted else 'Rejected'}: {event.reason or event.lease_id}"
+        case Dropped():
+            return f"A finished delta is of no use any more: {event.reason}"
+        case Abandoned():
+            return f"Lease ended without a delta{' and given back' if event.returned else ''}: {event.reason}"
+        case Waiting():
+            return f"Waiting for the server: {event.reason}; next try in {event.next_try_s:.0f} s"
+        case Problem():
+            return f"Problem: {event.error.cause}\n  {event.error.remedy}"
+
+
+def _amount(size_bytes: int) -> str:
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+# -- displays ----------------------------------------------------------------------------------------------------------
+
+
+class PlainDisplay:
+    """One line an event; of steps and transfers only the first, the last and one every few seconds."""
+
+    def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write = write
+        self._clock = clock
+        self._last: tuple[type[WorkerEvent], float] | None = None
+
+    def __call__(self, event: WorkerEvent) -> None:
+        now = self._clock()
+        if isinstance(event, Step | Downloading | Uploading | Waiting | NoWork) and self._last is not None:
+            kind, then = self._last
+            if kind is type(event) and now - then < _QUIET_S and not _is_last(event):
+                return
+        self._last = (type(event), now)
+        self._write(describe(event))
+
+
+def _is_last(event: WorkerEvent) -> bool:
+    match event:
+        case Step():
+            return event.step == event.steps
+        case Downloading() | Uploading():
+            return event.done == event.total
+    return False
+
+
+class LiveDisplay:
+    """A few lines that stay in place: what is going on, a bar, loss and speed; what has happened scrolls above them."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._now = Text("Starting")
+        self._bar: tuple[int, int] | None = None
+        self._numbers = ""
+        self._accepted = self._rejected = self._tokens = 0
+        self._live = Live(self, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveDisplay:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._live.stop()
+
+    def __call__(self, event: WorkerEvent) -> None:
+        words = describe(event)
+        self._now = Text(words.partition("\n")[0])
+        match event:
+            case Step():
+                self._bar = (event.step, event.steps)
+                self._numbers = f"loss {event.loss:.3f} · {event.tokens_per_s:.0f} tokens/s"
+            case Downloading() | Uploading():
+                self._bar = (event.done, max(1, event.total))
+            case Submitted():
+                self._tokens += event.tokens
+                self._lasting(words, "cyan")
+            case Verdict():
+                self._accepted += event.accepted
+                self._rejected += not event.accepted
+                self._lasting(words, "green" if event.accepted else "red")
+            case Problem() | Dropped():
+                self._lasting(words, "red")
+            case Abandoned():
+                self._lasting(words, "yellow")
+            case Enrolled() | Claimed():
+                self._numbers = ""
+                self._lasting(words, "bold")
+            case NoWork() | Waiting() | Starting():
+                self._bar = None
+
+    def __rich__(self) -> Group:
+        row = Table.grid(padding=(0, 2))
+        done, total = self._bar or (0, 1)
+        row.add_row(ProgressBar(total=total, completed=done, width=32), Text(self._numbers))
+        score = (
+            f"{self._accepted} accepted · {self._rejected} rejected · {self._tokens} tokens handed in · Ctrl-C stops"
+        )
+        return Group(self._now, row, Text(score, style="dim"))
+
+    def _lasting(self, words: str, style: str) -> None:
+        self._bar = None
+        self._console.print(Text(words, style=style))

@@ -1,0 +1,82 @@
+"""The heartbeat of one lease, in a thread: tells the server how far training is, hears whether to go on.
+
+What always holds: a beat that fails because the server is away changes nothing (training goes on, the lease may even
+expire: a late delta is still welcome); only an answer from the server ends the lease; the pause between beats is what
+the server asked for last. The thread is gone when the `with` block is left.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from rankup.errors import FatalError, RankupError, RetryableError, UnauthenticatedError
+from rankup.protocol import Heartbeat, LeaseGrant
+from worker.client import GatewayClient
+from worker.events import Problem, Waiting, WorkerEvent
+from worker.retry import RetryPolicy
+
+_ONCE = RetryPolicy(patience_s=0.0)
+_SHORTEST_PAUSE_S = 0.05
+
+
+class Heart:
+    """Beats for `grant` from entering the `with` block to leaving it. `after_beat` runs in the same thread."""
+
+    def __init__(
+        self,
+        client: GatewayClient,
+        grant: LeaseGrant,
+        report: Callable[[WorkerEvent], None],
+        after_beat: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._grant = grant
+        self._report = report
+        self._after_beat = after_beat
+        self._beat = Heartbeat(fence=grant.fence)
+        self._pause_s = grant.heartbeat_s
+        self._over = threading.Event()
+        self._abandon: str | None = None
+        self._thread = threading.Thread(target=self._run, name=f"heart-{grant.lease_id}", daemon=True)
+
+    @property
+    def abandon(self) -> str | None:
+        """Why the server wants no delta of this lease any more; None while it does."""
+        return self._abandon
+
+    def note(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """What the next beat will say."""
+        self._beat = Heartbeat(fence=self._grant.fence, step=step, loss=loss, tokens_per_s=tokens_per_s)
+
+    def __enter__(self) -> Heart:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(max(self._pause_s, _SHORTEST_PAUSE_S)) and self._abandon is None:
+            try:
+                answer = self._client.heartbeat(self._grant.lease_id, self._beat, policy=_ONCE)
+            except RetryableError as exc:
+                self._report(Waiting(f"{exc.cause}; training goes on", self._pause_s))
+                continue
+            except UnauthenticatedError:
+                continue  # the server forgot the token; the agent enrols again when it delivers
+            except FatalError as exc:
+                self._abandon = exc.cause
+                return
+            self._pause_s = answer.heartbeat_s
+            if not answer.go_on:
+                self._abandon = answer.reason or "the server asked to abandon the lease"
+                return
+            try:
+                self._after_beat()
+            except RankupError as exc:
+                self._report(Problem(exc))
