@@ -1,0 +1,216 @@
+"""Where the process is assembled: embedded services, Ray, gateway and keeper of one server, up and down together.
+
+`Stack.start` brings everything up in order of dependence and takes down what it had started when a step fails;
+`Stack.stop` is idempotent and leaves no process behind. This is the only place that knows coordinator and aggregator at
+once: the keeper gets its aggregator from here.
+
+The state folder (mode 700) keeps what outlives a run: credentials, the publisher's key, the data of the embedded
+servers, and `server.json` (mode 600), by which the organiser's commands on this machine find the running server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankup.errors import SetupError
+from rankup.settings import CoordinatorSettings, LedgerSettings, StoreSettings, state_home
+
+if TYPE_CHECKING:
+    from rankup.local import LocalServices
+
+SERVER_FILE = "server.json"
+
+
+def server_home() -> Path:
+    """State folder of the server on this machine."""
+    return state_home() / "server"
+
+
+@dataclass(frozen=True)
+class ServerAccess:
+    """What an organiser's command needs of the server on this machine."""
+
+    url: str
+    organiser_token: str
+    store: StoreSettings
+    ray_address: str
+    ray_token_file: Path
+    publisher_key_file: Path
+
+    @classmethod
+    def of_this_machine(cls) -> ServerAccess:
+        """Read `server.json` of the running server. Raises SetupError when none was started here."""
+        path = server_home() / SERVER_FILE
+        try:
+            found = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise SetupError(
+                f"no server runs on this machine (no {path})",
+                remedy="Start one with `rankup up`, or set RANKUP_HOME to the folder that it uses.",
+            ) from None
+        return cls(
+            url=found["url"],
+            organiser_token=found["organiser_token"],
+            store=StoreSettings.from_wire(found["store"]),
+            ray_address=found["ray_address"],
+            ray_token_file=Path(found["ray_token_file"]),
+            publisher_key_file=Path(found["publisher_key_file"]),
+        )
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, atomically."""
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as handle:
+        handle.write(text)
+    part.replace(path)
+
+
+class Stack:
+    """One server: `start()` … `stop()`, or a context manager."""
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        open_enrolment: bool = False,
+        home: Path | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.home = home or server_home()
+        self._open_enrolment = open_enrolment
+        self.settings = settings
+        self.url = f"http://{settings.host}:{settings.port}"
+        self._say = say or (lambda _line: None)
+        self._services: LocalServices | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def invite(self) -> str:
+        return self.settings.invite.get_secret_value()
+
+    def join_line(self) -> str:
+        """What a volunteer types."""
+        invite = f" --invite {self.invite}" if self.invite else ""
+        return f"rankup worker join {self.url}{invite}"
+
+    def start(self) -> Stack:
+        """Bring everything up; on a failure take down what was started, then raise."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _start(self) -> None:
+        from rankup.store import open_store
+
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.home.chmod(0o700)
+        self.settings = self._with_secrets(self.settings)
+        store, ledger = self._services_for()
+        self._say(f"object storage  {store.endpoint_url or 'AWS S3'}, bucket {store.bucket}")
+        self._say("ledger          Valkey, append-only file on")
+        open_store(store).ensure_bucket()
+
+        from coordinator.cluster import start_cluster, start_serve, stop_cluster, token_file
+
+        self._undo.append(stop_cluster)
+        cluster = start_cluster(self.home)
+        self._say("ray             started, token authentication")
+        start_serve(self.settings.host, self.settings.port)
+
+        from aggregator.pipeline import Pipeline
+        from coordinator.keeper import start_keeper, stop_keeper
+        from coordinator.serving import deploy_gateway
+
+        deploy_gateway(store, ledger, self.settings)
+        self._undo.append(stop_keeper)
+        start_keeper(store, ledger, self.settings, Pipeline(store, self.settings.publisher_key_file, self.settings))
+        self._say(f"gateway         {self.url}")
+
+        self._undo.append(lambda: (self.home / SERVER_FILE).unlink(missing_ok=True))
+        write_private(
+            self.home / SERVER_FILE,
+            json.dumps(
+                {
+                    "url": self.url,
+                    "organiser_token": self.settings.organiser_token.get_secret_value(),
+                    "store": store.to_wire(),
+                    "ray_address": cluster.address,
+                    "ray_token_file": str(token_file(self.home)),
+                    "publisher_key_file": str(self.settings.publisher_key_file),
+                }
+            ),
+        )
+
+    def _services_for(self) -> tuple[StoreSettings, LedgerSettings]:
+        """External services where the settings name them, embedded ones otherwise."""
+        store, ledger = StoreSettings(), LedgerSettings()
+        external_store = bool(store.endpoint_url or store.access_key)
+        external_ledger = bool(ledger.url.get_secret_value())
+        if external_store != external_ledger:
+            missing = "RANKUP_LEDGER_URL" if external_store else "RANKUP_STORE_ENDPOINT_URL"
+            raise SetupError(
+                f"only one of object storage and ledger is set; {missing} is missing",
+                remedy=f"Set {missing} too, or neither: then both are embedded.",
+            )
+        if external_store:
+            return store, ledger
+
+        from rankup.local import LocalServices
+
+        services = LocalServices(self.home / "services")
+        self._undo.append(services.stop)
+        services.start()
+        self._services = services
+        return services.store_settings, services.ledger_settings
+
+    def _with_secrets(self, settings: CoordinatorSettings) -> CoordinatorSettings:
+        """Fill in what the settings leave open: invite, organiser's token, publisher's key; made once, then kept."""
+        from rankup.signing import generate_private_key, save_private_key
+
+        path = self.home / "secrets.json"
+        if not path.exists():
+            write_private(
+                path, json.dumps({"invite": secrets.token_urlsafe(12), "organiser_token": secrets.token_urlsafe(32)})
+            )
+        kept = json.loads(path.read_text())
+        key_file = settings.publisher_key_file
+        if not key_file.is_absolute():
+            key_file = self.home / key_file
+        if not key_file.exists():
+            save_private_key(key_file, generate_private_key())
+        wire = json.loads(settings.to_wire())
+        wire["publisher_key_file"] = str(key_file)
+        for name in ("invite", "organiser_token"):
+            wire[name] = wire[name] or kept[name]
+        if self._open_enrolment:
+            wire["invite"] = ""
+        return CoordinatorSettings(**wire)
+
+    def stop(self) -> None:
+        """Take everything down, last started first. Errors do not keep the rest from stopping; the first is raised."""
+        failures: list[Exception] = []
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the remaining parts must still be stopped
+                failures.append(exc)
+        if failures:
+            raise failures[0]
+
+    def __enter__(self) -> Stack:
+        return self.start()
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()

@@ -1,0 +1,68 @@
+"""`rankup worker …`: what somebody does who lends a GPU."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(help="Lend this machine to a community round.", no_args_is_help=True)
+
+
+@app.command("join")
+def join(
+    url: str = typer.Argument(help="The server, as the organiser gave it: http://… or https://…"),
+    invite: str = typer.Option("", "--invite", help="Invite that the organiser gave you."),
+    name: str = typer.Option(None, "--name", help="How you are shown on the leaderboard; default: made up once."),
+    max_leases: int = typer.Option(None, min=1, help="Stop after this many shards; default: go on until Ctrl-C."),
+    threads: int = typer.Option(None, min=1, help="CPU threads of the trainer; default: all cores."),
+    device: str = typer.Option(None, help="auto, cpu, cuda, cuda:1, mps or xpu."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object per event on stdout."),
+) -> None:
+    """Join a server and train until Ctrl-C: claims shards, trains them, hands the deltas in.
+
+    Ctrl-C gives the present shard back; a finished delta is kept and delivered next time.
+
+    **Examples**
+
+    - `rankup worker join http://127.0.0.1:8420 --invite 4f0c…`
+    - `rankup worker join https://rankup.example.org --invite 4f0c… --name ada --threads 4`
+    """
+    from rankup.cli.interrupt import interruptible
+    from rankup.settings import WorkerSettings
+    from worker.agent import run
+    from worker.display import open_display
+    from worker.doctor import require_trainer
+
+    require_trainer()
+    chosen = {name: value for name, value in {"threads": threads, "device": device}.items() if value is not None}
+    settings = WorkerSettings.model_validate(WorkerSettings().model_dump() | chosen)
+    with interruptible() as stopped, open_display(as_json=as_json) as report:
+        summary = run(
+            url, invite=invite, name=name, settings=settings, max_leases=max_leases, stop=stopped, report=report
+        )
+    if not as_json:
+        typer.echo(
+            f"{summary.submitted} shards handed in, {summary.accepted} accepted, {summary.tokens} tokens, "
+            f"{summary.waiting} deltas still in the outbox. Thank you."
+        )
+
+
+@app.command("doctor")
+def doctor(
+    url: str = typer.Argument(None, help="Server to check against; default: only this machine is checked."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+) -> None:
+    """Check whether this machine can train, and say what to do where it cannot."""
+    import dataclasses
+
+    from rankup.cli.output import print_json, print_table
+    from rankup.settings import WorkerSettings
+    from worker.doctor import examine
+
+    findings = examine(WorkerSettings(), url)
+    if as_json:
+        print_json([dataclasses.asdict(finding) for finding in findings])
+    else:
+        rows = [(f.name, "ok" if f.ok else "NOT OK", f.detail, "" if f.ok else f.remedy) for f in findings]
+        print_table("", ("check", "result", "found", "remedy"), rows)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
