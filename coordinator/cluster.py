@@ -24,6 +24,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import sysconfig
@@ -106,6 +107,7 @@ def start_cluster(
         try:
             _set(wanted)
             ray = _import_ray()
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.WARNING}
             if address is None:
                 _remove_leftover(folder)
@@ -123,6 +125,9 @@ def start_cluster(
                 )
             else:
                 context = ray.init(address=address, **common)
+            if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+                # Ray puts a handler of its own there, which exits before anything else is taken down.
+                signal.signal(signal.SIGTERM, on_sigterm)
         except BaseException as exc:
             if ray is not None:
                 _take_down(temp_dir)

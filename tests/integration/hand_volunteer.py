@@ -61,8 +61,7 @@ class HandVolunteer:
     def upload(self, lease: LeaseGrant, path: Path) -> None:
         data = path.read_bytes()
         wanted = UploadRequest(fence=lease.fence, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
-        ticket = lambda: self.client.upload_ticket(lease.lease_id, wanted)  # noqa: E731
-        self.client.upload(ticket, path, progress=lambda _done, _total: None)
+        self.client.upload(lease.lease_id, wanted, path, progress=lambda _done, _total: None)
 
     def statement(self, lease: LeaseGrant, path: Path, **changes: Any) -> SubmitStatement:
         data = path.read_bytes()
