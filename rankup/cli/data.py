@@ -33,12 +33,16 @@ def import_model(
     from aggregator.genesis import fetch_base, make_version_zero
     from rankup.cli.output import human_bytes, print_json
     from rankup.cli.stack import ServerAccess
+    from rankup.cli.transfer import storing_bar
     from rankup.settings import CoordinatorSettings
     from rankup.signing import load_private_key
     from rankup.store import open_store
 
     access = ServerAccess.of_this_machine()
-    with tempfile.TemporaryDirectory(prefix="rankup-base-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="rankup-base-") as folder,
+        storing_bar(f"{name} version 0", quiet=as_json) as progress,
+    ):
         found = fetch_base(base, Path(folder))
         manifest = make_version_zero(
             open_store(access.store),
@@ -48,6 +52,7 @@ def import_model(
             group_bytes=CoordinatorSettings().fold_group_bytes,
             now=time.time(),
             licence=licence,
+            progress=progress,
         )
     if as_json:
         print_json({"model": name, "version": manifest.version, "tensors": len(manifest.tensors)})

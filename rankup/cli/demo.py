@@ -8,8 +8,8 @@ from pathlib import Path
 import typer
 
 PRESETS = {
-    "smollm2": {"steps": 16, "batch_size": 4, "max_tokens": 128, "rank": 8, "alpha": 16.0, "learning_rate": 1e-3},
-    "tiny": {"steps": 20, "batch_size": 8, "max_tokens": 128, "rank": 4, "alpha": 8.0, "learning_rate": 1e-2},
+    "smollm2": {"steps": 10, "batch_size": 4, "max_tokens": 96, "rank": 8, "learning_rate": 1e-3, "warmup_steps": 1},
+    "tiny": {"steps": 20, "batch_size": 8, "max_tokens": 96, "rank": 4, "learning_rate": 1e-2},
 }
 
 
@@ -22,7 +22,7 @@ def demo(
         "smollm2", "--model", "--base", help="smollm2, tiny, a hub id, a local folder or a GGUF file."
     ),
     rounds: int = typer.Option(2, min=1, max=20, help="Rounds to run."),
-    volunteers: int = typer.Option(3, min=1, max=16, help="Volunteer processes."),
+    volunteers: int = typer.Option(None, min=1, max=16, help="Volunteer processes; default: 3, for tiny 2."),
     keep: Path = typer.Option(
         None, "--keep", help="Folder to keep state, versions and logs in; default: all is removed."
     ),
@@ -51,7 +51,8 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="rankup-demo-", ignore_cleanup_errors=True) as scratch, interruptible():
         home = (keep or Path(scratch)).resolve()
         home.mkdir(parents=True, exist_ok=True)
-        result = run_demo(home, base=model, recipe=recipe, rounds=rounds, volunteers=volunteers, question=question)
+        crowd = volunteers or (2 if model == "tiny" else 3)
+        result = run_demo(home, base=model, recipe=recipe, rounds=rounds, volunteers=crowd, question=question)
     if as_json:
         print_json(report_json(result))
     else:

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from rankup.cli.demo_report import DemoResult, VolunteerStats, rank_of_update
 from rankup.cli.http import call
@@ -21,6 +22,10 @@ from rankup.errors import SetupError
 from rankup.protocol import Recipe, RoundRequest, RoundView, VersionView
 from rankup.settings import CoordinatorSettings
 
+if TYPE_CHECKING:
+    from aggregator.genesis import Base
+
+T = TypeVar("T")
 MODEL, DATASET = "demo", "pydocs"
 NAMES = ("ada", "grace", "edsger", "barbara", "donald", "radia", "alan", "frances")
 ROUND_TIMEOUT_S = 1800.0
@@ -42,6 +47,30 @@ class Stage:
             yield
         self.seconds[name] = time.monotonic() - began
         console.print(f"[green]done[/green] {text} [dim]({self.seconds[name]:.1f} s)[/dim]")
+
+
+class Background(Generic[T]):
+    """A call in a thread of its own, which a Ctrl-C need not wait for."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as exc:  # noqa: BLE001 - raised again where the result is asked for
+            self._error = exc
+
+    def result(self) -> T:
+        """What the call returned or raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return cast(T, self._result)
 
 
 class Volunteer:
@@ -104,30 +133,31 @@ def free_port() -> int:
 
 def run_demo(home: Path, *, base: str, recipe: Recipe, rounds: int, volunteers: int, question: str) -> DemoResult:
     """Run it in `home`; raises RankupError with a remedy when a part fails. Nothing is left running either way."""
-    os.environ["RANKUP_HOME"] = str(home)
+    os.environ |= {"RANKUP_HOME": str(home), "TQDM_DISABLE": "1"}
     stage = Stage()
     # A crowd that waits on one machine may ask more often than one that is spread over the world.
     stack = Stack(CoordinatorSettings(port=free_port(), poll_s=1.0, heartbeat_s=5.0))
     crowd: list[Volunteer] = []
     began = time.monotonic()
+    fetching = Background(lambda: _fetch_base(base, home / "base"))
     try:
         with stage("server", "Starting Valkey, SeaweedFS, Ray, gateway and keeper"):
             stack.start()
         access = ServerAccess.of_this_machine()
-        with stage("base", f"Making {base} version 0"):
-            _import_base(access, base, home)
-        with stage("dataset", "Building a dataset from the standard library's docstrings"):
-            _build_dataset(access, recipe)
-        request = RoundRequest(model=MODEL, dataset=DATASET, recipe=recipe, shards=volunteers, repeat=rounds)
-        body = request.model_dump(mode="json")
-        first = RoundView.model_validate(
-            call("POST", access.url, "/v1/rounds", token=access.organiser_token, body=body)
-        )
         cores = os.cpu_count() or 1
         for number in range(volunteers):
             name = NAMES[number] if number < len(NAMES) else f"volunteer-{number + 1}"
             threads = max(1, cores // volunteers)
             crowd.append(Volunteer(name, access.url, stack.invite, home / name, threads=threads))
+        with stage("dataset", "Building a dataset from the standard library's docstrings"):
+            _build_dataset(access, recipe)
+        with stage("base", f"Making {base} version 0"):
+            _publish_base(access, fetching.result())
+        request = RoundRequest(model=MODEL, dataset=DATASET, recipe=recipe, shards=volunteers, repeat=rounds)
+        body = request.model_dump(mode="json")
+        first = RoundView.model_validate(
+            call("POST", access.url, "/v1/rounds", token=access.organiser_token, body=body)
+        )
         began_rounds = time.monotonic()
         views = _watch(access.url, first, rounds, crowd)
         stage.seconds["rounds"] = time.monotonic() - began_rounds
@@ -144,8 +174,14 @@ def run_demo(home: Path, *, base: str, recipe: Recipe, rounds: int, volunteers: 
         stack.stop()
 
 
-def _import_base(access: ServerAccess, base: str, home: Path) -> None:
-    from aggregator.genesis import fetch_base, make_version_zero
+def _fetch_base(base: str, to: Path) -> Base:
+    from aggregator.genesis import fetch_base
+
+    return fetch_base(base, to)
+
+
+def _publish_base(access: ServerAccess, base: Base) -> None:
+    from aggregator.genesis import make_version_zero
     from rankup.signing import load_private_key
     from rankup.store import open_store
 
@@ -153,7 +189,7 @@ def _import_base(access: ServerAccess, base: str, home: Path) -> None:
         open_store(access.store),
         load_private_key(access.publisher_key_file),
         model=MODEL,
-        base=fetch_base(base, home / "base"),
+        base=base,
         group_bytes=CoordinatorSettings().fold_group_bytes,
         now=time.time(),
     )

@@ -1,4 +1,4 @@
-"""A progress bar for downloads, fed by `rankup.pull.PullProgress`."""
+"""Progress bars for bytes: downloads, as `rankup.pull` reports them, and what goes into object storage."""
 
 from __future__ import annotations
 
@@ -16,6 +16,22 @@ def transfer_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[PullP
     if quiet:
         yield None
         return
+    with _bar(title) as draw:
+        yield lambda state: draw(state.stage, state.done_bytes, state.total_bytes)
+
+
+@contextmanager
+def storing_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """The same for bytes on their way into object storage: the callback takes (done, total)."""
+    if quiet:
+        yield None
+        return
+    with _bar(title) as draw:
+        yield lambda done, total: draw("storing", done, total)
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -30,7 +46,7 @@ def transfer_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[PullP
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None, title=title)
 
-        def draw(state: PullProgress) -> None:
-            progress.update(task, total=state.total_bytes or None, completed=state.done_bytes, description=state.stage)
+        def draw(stage: str, done_bytes: int, total_bytes: int) -> None:
+            progress.update(task, total=total_bytes or None, completed=done_bytes, description=stage)
 
         yield draw

@@ -189,6 +189,9 @@ def ask(
     max_new_tokens: int = typer.Option(80, min=1, max=4096, help="Longest answer, in tokens."),
 ) -> None:
     """Ask a pulled model one question (greedy decoding, on the CPU)."""
+    import os
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the answer is all that should be on the screen
     from aggregator.evaluate import answer
 
     typer.echo(answer(folder, question, max_new_tokens=max_new_tokens))
