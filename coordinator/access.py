@@ -25,6 +25,8 @@ from starlette.concurrency import run_in_threadpool
 
 from coordinator.catalogue import Catalogue
 from coordinator.ledger import Ledger, Worker
+from coordinator.spool import Spool
+from coordinator.tickets import TicketSigner
 from rankup.errors import DeniedError, UnauthenticatedError
 from rankup.settings import CoordinatorSettings
 from rankup.store import Store
@@ -55,6 +57,11 @@ class Desk:
         self.publisher_key = deps.publisher_key
         self.clock = deps.clock
         self.catalogue = Catalogue(deps.store, deps.publisher_key, clock=deps.clock)
+        self.spool = Spool(deps.store, deps.settings.spool_dir)
+        self.tickets: TicketSigner | None = None
+        """Only where the gateway takes the uploads itself."""
+        if deps.settings.transfer == "proxied":
+            self.tickets = TicketSigner(deps.settings.organiser_token.get_secret_value())
         self._connect_ledger = deps.connect_ledger
         self._ledger: Ledger | None = None
         self._attempt: asyncio.Task[Ledger] | None = None

@@ -3,8 +3,9 @@
     layers.py          what sees every request first: size, request id, security headers, crashes
     access.py          tokens
     routes_worker.py   enrol, claim, heartbeat, return, upload, submit
+    routes_upload.py   deltas that come through the gateway; tickets.py, spool.py
     routes_round.py    look at rounds; open, close and cancel them
-    routes_model.py    models, versions, blobs, datasets, health
+    routes_model.py    models, versions, blobs, datasets, health; blobs.py
     routes_page.py     the status page
     problems.py        refusals
 
@@ -20,7 +21,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from coordinator import openapi, routes_model, routes_page, routes_round, routes_worker
+from coordinator import openapi, routes_model, routes_page, routes_round, routes_upload, routes_worker
 from coordinator.access import Desk, GatewayDeps
 from coordinator.layers import BodyLimit, Envelope
 from coordinator.problems import install_handlers
@@ -29,7 +30,10 @@ __all__ = ["GatewayDeps", "create_app"]
 
 
 def create_app(deps: GatewayDeps) -> FastAPI:
-    """The application over these parts. Nothing is connected before a request needs it."""
+    """The application over these parts. Nothing is connected before a request needs it.
+
+    Raises SetupError where `transfer` is "proxied" and there is no organiser's token.
+    """
     desk = Desk(deps)
 
     @asynccontextmanager
@@ -46,10 +50,10 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     )
     app.state.desk = desk
     install_handlers(app)
-    for module in (routes_model, routes_worker, routes_round, routes_page):
+    for module in (routes_model, routes_worker, routes_upload, routes_round, routes_page):
         app.include_router(module.router)
     openapi.install(app)
     # The last one added is the outermost: even a refusal of BodyLimit carries the request id and the headers.
-    app.add_middleware(BodyLimit, max_bytes=deps.settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=deps.settings.max_body_bytes, streams=routes_upload.is_upload)
     app.add_middleware(Envelope)
     return app

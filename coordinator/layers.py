@@ -1,7 +1,8 @@
 """The two ASGI layers that see every request before the application does.
 
 What always holds:
-- a body is counted while it streams in, and nothing of one above the limit is parsed (`BodyLimit`);
+- a body is counted while it streams in, and nothing of one above the limit is parsed (`BodyLimit`), unless its route
+  counts for itself;
 - every answer carries the request's id and the security headers, and an exception that nobody foresaw is logged with
   that id and answered with 500 (`Envelope`).
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -38,19 +39,32 @@ SECURITY_HEADERS: Mapping[str, str] = {
 log = structlog.get_logger(__name__)
 
 
+def _none(_: Scope) -> bool:
+    return False
+
+
 class BodyLimit:
     """Reads a body whole before the application sees it, and refuses it as soon as it passes `max_bytes`.
 
-    Bodies of `/v1` are small (deltas go to object storage), so holding one costs at most `max_bytes` of memory.
+    Bodies of `/v1` are small, so holding one costs at most `max_bytes` of memory. Requests for which `streams` is true
+    pass untouched: their routes bound size and time themselves.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_bytes: int,
+        timeout_s: float = BODY_TIMEOUT_S,
+        streams: Callable[[Scope], bool] = _none,
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
+        self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or self._streams(scope):
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "0")

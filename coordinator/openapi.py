@@ -32,11 +32,14 @@ _MEANING = {
     401: "No bearer token, or one that the server does not know.",
     403: "The caller may not do this.",
     404: "There is no such thing.",
+    408: "The body stopped arriving.",
     409: "The thing is not in a state that allows this.",
     413: "Above a size limit; nothing of it was parsed.",
+    416: "None of the bytes is in the range.",
     422: "A field does not fit the protocol; `errors` says which.",
     429: "Too much at once: come back after `retry_after_s`.",
     503: "A server behind the gateway does not answer: come back after `retry_after_s`.",
+    507: "The server has no room for this at present.",
 }
 _ALWAYS = (413, 422, 429, 503)
 _PROBLEM_REF = {"$ref": "#/components/schemas/Problem"}

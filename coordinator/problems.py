@@ -25,6 +25,7 @@ from starlette.responses import Response
 from rankup.errors import (
     BusyError,
     ConflictError,
+    DiskFullError,
     InputError,
     IntegrityError,
     NotFoundError,
@@ -78,6 +79,15 @@ def from_error(error: RankupError) -> Response:
     Faults of the server itself (a stored object fails its hash, a setting is missing) say only that, and are logged:
     what is wrong inside is no business of a stranger.
     """
+    if isinstance(error, DiskFullError):
+        log.error("request_failed", code=error.code, cause=error.cause)
+        return problem_response(
+            status=error.http_status,
+            code=error.code,
+            title="No room left on the server",
+            detail="The disk of the server has no room for this at present.",
+            remedy="Tell the organiser to free some space; then send the same call again.",
+        )
     if isinstance(error, IntegrityError) or (error.http_status >= 500 and not isinstance(error, RetryableError)):
         log.error("request_failed", code=error.code, cause=error.cause)
         return problem_response(

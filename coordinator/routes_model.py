@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Path, Query
+from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.responses import RedirectResponse, Response
 
 import rankup
 from coordinator.access import DeskOf
+from coordinator.blobs import FOR_GOOD, blob_answer
 from coordinator.openapi import refusals
 from rankup.errors import NotFoundError, UnreachableError
 from rankup.protocol import PROTOCOL_VERSION, Answer, Digest, Identifier, Pointer, ServerInfo, VersionView
@@ -23,7 +24,6 @@ from rankup.store import blob_key
 
 READY_TIMEOUT_S = 5.0
 MAX_VERSIONS = 1000
-FOR_GOOD = "public, max-age=31536000, immutable"
 
 ModelName = Annotated[Identifier, Path(description="From the list of models.")]
 VersionNumber = Annotated[int, Path(ge=0, le=999_999)]
@@ -133,14 +133,25 @@ async def show_version(
 @router.get(
     "/blobs/{sha256}",
     status_code=307,
-    response_class=RedirectResponse,
-    responses={307: {"description": "Where the bytes can be fetched for a while, with Range."}, **refusals(404)},
+    response_class=Response,
+    responses={
+        200: {"description": "The bytes, from a server that hands them out itself."},
+        206: {"description": "The range of them that was asked for."},
+        307: {"description": "Where the bytes can be fetched for a while, with Range."},
+        **refusals(404, 416),
+    },
 )
-async def blob(sha256: Annotated[Digest, Path()], desk: DeskOf) -> RedirectResponse:
+async def blob(sha256: Annotated[Digest, Path()], request: Request, desk: DeskOf) -> Response:
     """Bytes by their sha256."""
-    if not await desk.in_thread(desk.catalogue.has_blob, sha256):
+    key = blob_key(sha256)
+    info = await desk.in_thread(desk.store.head, key)
+    if info is None:
         raise NotFoundError(f"There is no blob {sha256}.", remedy="Take digests from a manifest of this server.")
-    return RedirectResponse(await desk.in_thread(desk.store.presign_get, blob_key(sha256)), status_code=307)
+    if desk.settings.transfer == "proxied":
+        return blob_answer(
+            desk.store, key, size_bytes=info.size_bytes, sha256=sha256, method=request.method, asked=request.headers
+        )
+    return RedirectResponse(await desk.in_thread(desk.store.presign_get, key), status_code=307)
 
 
 @router.get("/datasets", responses=refusals())

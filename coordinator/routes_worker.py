@@ -4,7 +4,8 @@ What always holds:
 - a worker reads and changes its own leases only;
 - every call may be repeated after a lost answer: enrolling again gives a new token to the same worker, submitting again
   gives the present state of the lease, also after the verdict;
-- bytes go straight to object storage: a ticket signs their length and sha256, and nothing counts before they lie there.
+- a ticket signs length and sha256 of the bytes, and nothing counts before they lie in object storage. They go there
+  straight or, where `transfer` is "proxied", through this gateway (routes_upload.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from coordinator.grants import (
 from coordinator.leases import Lease
 from coordinator.ledger import Ledger, NoWork, Worker
 from coordinator.openapi import refusals
+from coordinator.tickets import TICKET_TTL_S, Ticket
 from rankup.errors import DeniedError, InputError, IntegrityError, StateError
 from rankup.protocol import (
     PROTOCOL_VERSION,
@@ -118,7 +120,11 @@ async def claim(worker: CallingWorker, desk: DeskOf) -> ClaimAnswer:
     if isinstance(found, NoWork):
         return ClaimAnswer(reason=found.reason, retry_after_s=desk.settings.poll_s)
     record = await ledger.record(found.round_id)
-    url = await desk.in_thread(desk.store.presign_get, blob_key(shard_of(record, found).sha256))
+    shard = shard_of(record, found).sha256
+    if desk.settings.transfer == "proxied":
+        url = f"v1/blobs/{shard}"
+    else:
+        url = await desk.in_thread(desk.store.presign_get, blob_key(shard))
     grant = grant_of(
         found,
         record,
@@ -174,8 +180,16 @@ async def ticket(lease_id: LeaseId, request: UploadRequest, worker: CallingWorke
         cap_bytes=desk.settings.max_delta_bytes,
     )
     key = upload_key(lease_id, request.sha256)
-    put = await desk.in_thread(desk.store.presign_put, key, size_bytes=request.size_bytes, sha256=request.sha256)
     there = lease.contribution is not None or await _is_uploaded(desk, key, request.size_bytes)
+    if desk.tickets is not None:
+        signed = Ticket(lease_id, request.sha256, request.size_bytes, int(desk.clock()) + TICKET_TTL_S)
+        return UploadTicket(
+            url=desk.tickets.address(signed),
+            headers={"Content-Length": str(request.size_bytes)},
+            expires_at=signed.expires_at,
+            already_there=there,
+        )
+    put = await desk.in_thread(desk.store.presign_put, key, size_bytes=request.size_bytes, sha256=request.sha256)
     return UploadTicket(url=put.url, headers=put.headers, expires_at=put.expires_at, already_there=there)
 
 

@@ -35,6 +35,7 @@ from typing import Annotated, Any, Final, Literal, Self
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
+from rankup.durable import sync_folder
 from rankup.errors import DeltaError, DiskFullError, InputError, NotFoundError, TooLargeError
 from rankup.fixedpoint import Factors, Int16Array
 from rankup.protocol import MAX_RANK, MAX_TARGETS, Digest, Identifier, Message, Target, TensorName, canonical_json
@@ -119,7 +120,7 @@ def write_delta(path: Path, header: DeltaHeader, factors: Mapping[str, Factors])
             os.fsync(file.fileno())
         temporary.replace(path)
         temporary = None
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except FileNotFoundError as exc:
         raise NotFoundError(f"no folder {path.parent} to write {path.name} to") from exc
     except OSError as exc:
@@ -138,15 +139,6 @@ def _pieces(head: bytes, factors: Iterable[Factors]) -> Iterable[bytes]:
         scales = np.stack([factor.b_exp, factor.a_exp, factor.b_max, factor.a_max])
         for tensor in (factor.a, factor.b, scales):
             yield tensor.astype("<i2", copy=False).tobytes()
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename survives a power cut only once its folder is on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _render_header(header: DeltaHeader, dimensions: Mapping[str, tuple[int, int, int]]) -> bytes:

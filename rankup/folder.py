@@ -21,6 +21,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from rankup.durable import write_file
 from rankup.errors import DiskFullError, SetupError, StateError
 from rankup.protocol import Digest, Identifier, Message, PublicKey, canonical_json
 from rankup.records import FileEntry, Manifest
@@ -83,14 +84,9 @@ def write_folder_state(folder: Path, state: FolderState) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write beside `path`, sync, rename over it: after a crash the old or the new bytes are there."""
-    fresh = path.with_name(path.name + ".new")
+    """After a crash the old or the new bytes are there; readable for everybody, as the model beside it is."""
     with disk_errors(path):
-        with fresh.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        write_file(path, data, mode=0o644)
 
 
 @contextmanager

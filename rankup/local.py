@@ -44,6 +44,7 @@ from urllib.parse import quote
 from pydantic import SecretStr
 from pydantic_settings import SettingsConfigDict
 
+from rankup.durable import write_file
 from rankup.errors import RankupError, SetupError
 from rankup.settings import LedgerSettings, RoomSettings, StoreSettings
 from rankup.store import open_store
@@ -260,7 +261,7 @@ class _Server:
         finally:
             os.close(log)
         record = {"pid": self.process.pid, "started": _start_time(self.process.pid), "program": command[0]}
-        _write_private(self.pid_file, json.dumps(record), replace=True)
+        write_file(self.pid_file, json.dumps(record).encode())
 
     def wait_ready(self, ready: Callable[[], bool]) -> None:
         """Raises SetupError with the server's last words when it ends, or is not ready in time."""
@@ -305,20 +306,11 @@ def _private_folder(path: Path) -> None:
         raise SetupError(f"cannot use the folder {path}: {exc}", remedy="Choose another one with RANKUP_HOME.") from exc
 
 
-def _write_private(path: Path, text: str, *, replace: bool = False) -> None:
-    """Write a file of mode 600 that nobody else can have opened before it was private; atomic when it replaces one."""
-    target = path.with_name(f".{path.name}.{secrets.token_hex(4)}") if replace else path
-    with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
-        handle.write(text)
-    if replace:
-        target.replace(path)
-
-
 def _credentials(path: Path) -> dict[str, str]:
     """Keys of the one identity, made at the first start."""
     names = {"access_key": 10, "secret_key": 32, "volume": 32, "volume_read": 32, "filer": 32, "filer_read": 32}
     if not path.exists():
-        _write_private(path, json.dumps({name: secrets.token_hex(size) for name, size in names.items()}))
+        write_file(path, json.dumps({name: secrets.token_hex(size) for name, size in names.items()}).encode())
     try:
         found: dict[str, str] = json.loads(path.read_text())
         return {name: str(found[name]) for name in names}
@@ -347,7 +339,7 @@ def _choose_ports(path: Path) -> dict[str, int]:
     ports = dict(zip(PORT_NAMES, free, strict=False))
     if len(ports) < len(PORT_NAMES):
         raise SetupError(f"no {len(PORT_NAMES)} free ports on 127.0.0.1 between {FIRST_PORT} and {LAST_PORT}")
-    _write_private(path, json.dumps(ports), replace=True)
+    write_file(path, json.dumps(ports).encode())
     return ports
 
 
@@ -512,7 +504,7 @@ class LocalServices:
         path = self._valkey.folder / "valkey.sock"
         if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
             short = Path(tempfile.mkdtemp(prefix="rankup-", dir="/tmp"))
-            _write_private(self._folder / "socket-folder", str(short), replace=True)
+            write_file(self._folder / "socket-folder", str(short).encode())
             path = short / "valkey.sock"
         return path
 
@@ -552,12 +544,12 @@ class LocalServices:
             "credentials": [{"accessKey": keys["access_key"], "secretKey": keys["secret_key"]}],
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
-        _write_private(folder / "s3.json", json.dumps({"identities": [identity]}), replace=True)
+        write_file(folder / "s3.json", json.dumps({"identities": [identity]}).encode())
         # Tokens between its parts: without them the filer and volume ports would serve private objects to anybody.
         sections = {"signing": "volume", "signing.read": "volume_read"}
         sections |= {"filer_signing": "filer", "filer_signing.read": "filer_read"}
         security = "".join(f'[jwt.{section}]\nkey = "{keys[name]}"\n' for section, name in sections.items())
-        _write_private(folder / "security.toml", security, replace=True)
+        write_file(folder / "security.toml", security.encode())
         _private_folder(folder / "data")
         self._ports = _choose_ports(self._folder / "ports.json")
         options: dict[str, Any] = {

@@ -217,7 +217,7 @@ class Enrolled(Answer):
 
 
 class BlobLink(Answer):
-    """Bytes to fetch: check the digest after, whatever the URL says."""
+    """Bytes to fetch: check the digest after, whatever the URL says. It may be relative to the gateway's address."""
 
     sha256: Digest
     size_bytes: int
@@ -281,7 +281,8 @@ class UploadRequest(Message):
 
 
 class UploadTicket(Answer):
-    """Where to PUT the delta. The URL signs length and sha256: other bytes are refused by the object store."""
+    """Where to PUT the delta, without a token. The URL signs length and sha256: other bytes are refused. It may be
+    relative to the gateway's address."""
 
     url: str
     headers: dict[str, str]

@@ -13,7 +13,6 @@ The sealed manifest stays beside the files as `.rankup.manifest.json`, so that t
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -165,10 +164,5 @@ def _install(
         for file in obsolete:
             (folder / file.path).unlink(missing_ok=True)
         write_durably(folder / ENVELOPE_NAME, envelope)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
         write_folder_state(folder, state.model_copy(update={"complete": True, "files": tuple(files)}))
         shutil.rmtree(partial, ignore_errors=True)

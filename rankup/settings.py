@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -87,6 +87,11 @@ class CoordinatorSettings(RoomSettings):
     """Ed25519 private key, PEM, mode 600."""
     max_body_bytes: int = 64 * 1024
     max_delta_bytes: int = 2 * 1024**3
+    transfer: Literal["presigned", "proxied"] = "presigned"
+    """How blobs and deltas travel: straight to and from object storage by presigned URLs, or through the gateway where
+    volunteers cannot reach object storage."""
+    spool_dir: Path | None = None
+    """Where a delta lies while it arrives through the gateway; None: the system's folder for temporary files."""
     heartbeat_s: float = Field(default=15.0, gt=0)
     poll_s: float = Field(default=5.0, gt=0)
     """How soon a volunteer without work should ask again."""

@@ -6,7 +6,8 @@ What always holds:
   `RetryPolicy`; what may not (a problem document that names a fatal error) is raised at once. All calls may be
   repeated: enrolling, beating, returning and submitting are idempotent, and a claim whose answer was lost only leaves
   a lease that runs out;
-- the token goes to the gateway only, never to the hosts of presigned URLs;
+- the token goes to the gateway's calls only, never along with the bytes: links and tickets carry their own permission,
+  and where they are relative, they are relative to the gateway's address;
 - downloads stop at the announced size and are kept only with the announced hash.
 
 It keeps no files but the download's, knows nothing of training and never sleeps past `stop`.
@@ -191,7 +192,7 @@ class GatewayClient:
         """
         if link.size_bytes > max_bytes:
             raise TooLargeError(f"the server announces {link.size_bytes} bytes, the limit is {max_bytes}")
-        url = str(httpx2.URL(self._url + "/").join(link.url))
+        url = self._absolute(link.url)
         partial = to.with_name(to.name + ".partial")
         refusals = 0
 
@@ -201,7 +202,7 @@ class GatewayClient:
             done = 0
             with self._storage.stream("GET", url) as answer, partial.open("wb") as file:
                 if answer.status_code != 200:
-                    refusals += answer.is_client_error
+                    refusals += _is_refusal(answer)
                     raise _storage_error(answer, "download", last=refusals >= _MAX_REFUSALS)
                 for chunk in answer.iter_bytes(_CHUNK_BYTES):
                     self._check_stop()
@@ -249,12 +250,16 @@ class GatewayClient:
                 progress(size, size)
                 return
             headers = _with_length(granted.headers, size)
-            answer = self._storage.put(granted.url, content=pieces(), headers=headers)
+            answer = self._storage.put(self._absolute(granted.url), content=pieces(), headers=headers)
             if not answer.is_success:
-                refusals += answer.is_client_error
+                refusals += _is_refusal(answer)
                 raise _storage_error(answer, "upload", last=refusals >= _MAX_REFUSALS)
 
         self._retry(send, self._policy)
+
+    def _absolute(self, url: str) -> str:
+        """`url`, joined to the gateway's address where it is relative; a presigned one stays as it was signed."""
+        return url if httpx2.URL(url).is_absolute_url else str(httpx2.URL(self._url + "/").join(url))
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -323,6 +328,11 @@ def _gateway_error(response: _Reply, url: str) -> RankupError:
             remedy="The server may be restarting; otherwise check its address.",
         )
     return problems.error_of(response.status, response.content, where=url)
+
+
+def _is_refusal(answer: httpx2.Response) -> bool:
+    """Whether the answer says that the request is wrong, and not only that it came too slowly or too early."""
+    return answer.is_client_error and answer.status_code not in (408, 425, 429)
 
 
 def _storage_error(answer: httpx2.Response, what: str, *, last: bool) -> RankupError:

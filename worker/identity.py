@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rankup import signing
+from rankup.durable import write_file
 from rankup.errors import IntegrityError, SetupError
 from rankup.protocol import Enrolled, Identifier, Message, PublicKey
 
@@ -149,11 +149,5 @@ def save_identity(folder: ServerFolder, server: str, name: str, answer: Enrolled
         token=answer.token,
         publisher_key=answer.publisher_key,
     )
-    partial = folder.identity_file.with_suffix(".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as handle:
-        handle.write(identity.model_dump_json(indent=2))
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(folder.identity_file)
+    write_file(folder.identity_file, identity.model_dump_json(indent=2).encode())
     return identity

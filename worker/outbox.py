@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from rankup.durable import sync_folder
 from rankup.errors import StateError
 from rankup.protocol import SubmitStatement
 from worker.disk import full_disk_means_disk_full
@@ -116,9 +117,10 @@ class Outbox:
             known = self._db.execute("SELECT state FROM deltas WHERE lease_id = ?", (statement.lease_id,)).fetchone()
             if known is not None and known[0] not in (OutboxState.READY, OutboxState.DROPPED):
                 raise StateError(f"a delta of lease {statement.lease_id} is already {known[0]}")
-            _sync(delta_file)
+            with delta_file.open("rb") as file:
+                os.fsync(file.fileno())
             delta_file.replace(target)
-            _sync(self._folder)
+            sync_folder(self._folder)
             self._db.execute(
                 "INSERT OR REPLACE INTO deltas VALUES (?, ?, ?, '', ?, ?)",
                 (statement.lease_id, statement.model_dump_json(), OutboxState.READY, now, now),
@@ -167,11 +169,3 @@ class Outbox:
         for path in self._folder.glob("*.delta"):
             if path not in kept:
                 path.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

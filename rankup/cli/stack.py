@@ -11,13 +11,13 @@ servers, and `server.json` (mode 600), by which the organiser's commands on this
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankup.durable import write_file
 from rankup.errors import SetupError
 from rankup.settings import CoordinatorSettings, LedgerSettings, StoreSettings, state_home
 
@@ -62,16 +62,6 @@ class ServerAccess:
             ray_token_file=Path(found["ray_token_file"]),
             publisher_key_file=Path(found["publisher_key_file"]),
         )
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, atomically."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as handle:
-        handle.write(text)
-    part.replace(path)
 
 
 class Stack:
@@ -139,19 +129,15 @@ class Stack:
         self._say(f"gateway         {self.url}")
 
         self._undo.append(lambda: (self.home / SERVER_FILE).unlink(missing_ok=True))
-        write_private(
-            self.home / SERVER_FILE,
-            json.dumps(
-                {
-                    "url": self.url,
-                    "organiser_token": self.settings.organiser_token.get_secret_value(),
-                    "store": store.to_wire(),
-                    "ray_address": cluster.address,
-                    "ray_token_file": str(token_file(self.home)),
-                    "publisher_key_file": str(self.settings.publisher_key_file),
-                }
-            ),
-        )
+        access = {
+            "url": self.url,
+            "organiser_token": self.settings.organiser_token.get_secret_value(),
+            "store": store.to_wire(),
+            "ray_address": cluster.address,
+            "ray_token_file": str(token_file(self.home)),
+            "publisher_key_file": str(self.settings.publisher_key_file),
+        }
+        write_file(self.home / SERVER_FILE, json.dumps(access).encode())
 
     def _services_for(self) -> tuple[StoreSettings, LedgerSettings]:
         """External services where the settings name them, embedded ones otherwise."""
@@ -181,9 +167,8 @@ class Stack:
 
         path = self.home / "secrets.json"
         if not path.exists():
-            write_private(
-                path, json.dumps({"invite": secrets.token_urlsafe(12), "organiser_token": secrets.token_urlsafe(32)})
-            )
+            fresh = {"invite": secrets.token_urlsafe(12), "organiser_token": secrets.token_urlsafe(32)}
+            write_file(path, json.dumps(fresh).encode())
         kept = json.loads(path.read_text())
         key_file = settings.publisher_key_file
         if not key_file.is_absolute():

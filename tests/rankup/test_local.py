@@ -169,8 +169,9 @@ def test_starting_and_stopping_twice_and_from_other_threads_is_fine(tmp_path: Pa
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this run with it ignored
 from rankup.local import LocalServices
 services = LocalServices(Path(sys.argv[1]))
 services.start()

@@ -1,0 +1,76 @@
+"""The route that takes deltas where volunteers cannot reach object storage (`transfer` is "proxied").
+
+What always holds:
+- the address itself is the permission (see tickets.py): no token is asked for, and none should be sent;
+- nothing of a body is read before the ticket and the announced length fit;
+- every refusal closes the connection, so a body that nobody wants does not go on arriving.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import structlog
+from fastapi import APIRouter, Path, Query, Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Scope
+
+from coordinator.access import Desk, DeskOf
+from coordinator.openapi import refusals
+from coordinator.problems import from_error
+from coordinator.spool import too_long, too_short
+from coordinator.tickets import UPLOADS_PATH, Ticket
+from rankup.errors import NotFoundError, RankupError
+from rankup.protocol import Digest, Identifier
+
+log = structlog.get_logger(__name__)
+router = APIRouter(prefix="/v1", tags=["worker"])
+
+
+def is_upload(scope: Scope) -> bool:
+    """Whether this request's body is a delta, to be streamed and not to be held."""
+    return bool(scope["method"] == "PUT" and scope["path"].startswith("/" + UPLOADS_PATH))
+
+
+@router.put(
+    "/uploads/{lease_id}/{sha256}",
+    status_code=204,
+    response_class=Response,
+    responses={204: {"description": "The delta is stored."}, **refusals(400, 403, 404, 408, 413, 507)},
+)
+async def upload(
+    lease_id: Annotated[Identifier, Path()],
+    sha256: Annotated[Digest, Path()],
+    size: Annotated[int, Query(ge=0, lt=10**15)],
+    expires: Annotated[int, Query(ge=0, lt=10**15)],
+    signature: Annotated[str, Query(max_length=64)],
+    request: Request,
+    desk: DeskOf,
+) -> Response:
+    """The delta itself, to the address that an upload ticket names."""
+    ticket = Ticket(lease_id=lease_id, sha256=sha256, size_bytes=size, expires_at=expires)
+    try:
+        await _take(ticket, signature, request, desk)
+    except ClientDisconnect:
+        log.info("upload_broke_off", lease_id=lease_id)
+        return Response(status_code=400)  # Nobody is there to read it.
+    except RankupError as error:
+        refusal = from_error(error)
+        refusal.headers["Connection"] = "close"
+        return refusal
+    log.info("delta_uploaded", lease_id=lease_id, size_bytes=size)
+    return Response(status_code=204)
+
+
+async def _take(ticket: Ticket, signature: str, request: Request, desk: Desk) -> None:
+    if desk.tickets is None:
+        raise NotFoundError("This server takes no uploads.", remedy="PUT the delta where its ticket says.")
+    desk.tickets.check(ticket, signature, now=desk.clock())
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and len(announced) < 20:
+        if int(announced) > ticket.size_bytes:
+            raise too_long(ticket)
+        if int(announced) < ticket.size_bytes:
+            raise too_short(ticket, int(announced))
+    await desk.spool.take(ticket, aiter(request.stream()))

@@ -1,0 +1,67 @@
+"""Upload tickets of a gateway that takes deltas itself: addresses that carry their own permission, and no I/O.
+
+What always holds:
+- an address is valid for one lease, one sha256, one size and until one moment; its HMAC-SHA256 covers all four;
+- the key follows from the organiser's token, which every replica has: any of them checks what another one wrote, and no
+  state is kept. scrypt (RFC 7914) stands between the two, or a ticket would let its holder test guesses of a weak token
+  at the speed of a hash;
+- addresses are relative to the gateway's own: it does not know under which name it is reached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+
+from rankup.errors import DeniedError, SetupError
+
+TICKET_TTL_S = 3600
+UPLOADS_PATH = "v1/uploads/"
+_PURPOSE = b"rankup.upload-ticket/1"
+_ASK_AGAIN = "Ask for a new ticket and send the bytes that it was asked for."
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Permission to upload exactly these bytes. `expires_at` is in Unix seconds."""
+
+    lease_id: str
+    sha256: str
+    size_bytes: int
+    expires_at: int
+
+
+class TicketSigner:
+    """Writes and checks the addresses of tickets.
+
+    Raises:
+        SetupError: there is no organiser's token to derive the key from.
+    """
+
+    def __init__(self, organiser_token: str) -> None:
+        if not organiser_token:
+            raise SetupError(
+                "proxied transfer needs an organiser's token: it signs the upload tickets",
+                remedy="Set RANKUP_COORDINATOR_ORGANISER_TOKEN, or RANKUP_COORDINATOR_TRANSFER=presigned.",
+            )
+        self._key = hashlib.scrypt(organiser_token.encode(), salt=_PURPOSE, n=2**14, r=8, p=1, dklen=32)
+
+    def address(self, ticket: Ticket) -> str:
+        """Relative reference that `ticket` may be PUT to."""
+        return (
+            f"{UPLOADS_PATH}{ticket.lease_id}/{ticket.sha256}"
+            f"?size={ticket.size_bytes}&expires={ticket.expires_at}&signature={self._signature(ticket)}"
+        )
+
+    def check(self, ticket: Ticket, signature: str, *, now: float) -> None:
+        """Return if this ticket was written here and has not run out. Raises DeniedError."""
+        if not hmac.compare_digest(signature.encode("utf-8", "replace"), self._signature(ticket).encode()):
+            raise DeniedError("The address is no upload ticket of this server.", remedy=_ASK_AGAIN)
+        if now > ticket.expires_at:
+            raise DeniedError("The upload ticket has run out.", remedy=_ASK_AGAIN)
+
+    def _signature(self, ticket: Ticket) -> str:
+        # Neither a lease id nor a digest has a line break in it, so different tickets are different texts.
+        text = f"{ticket.lease_id}\n{ticket.sha256}\n{ticket.size_bytes}\n{ticket.expires_at}"
+        return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()

@@ -1,0 +1,36 @@
+"""Writing small files: a crash or a power cut leaves the old bytes or the new ones, and nobody else can read them.
+
+What always holds: data are on disk before the name points to them, and the name is on disk when the call returns. Large
+files that arrive piece by piece have their own ways (`rankup.delta`, `rankup.download`). Errors are OSError, as the
+operating system says them: the caller knows what the file is for.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Put `data` under `path` in place of whatever is there; the file has `mode` from its first moment on."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename survives a power cut only once its folder is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
