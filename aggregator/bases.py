@@ -198,7 +198,9 @@ def _convert_gguf(gguf: Path, to: Path) -> None:
     """Dequantise to float32 and save as an ordinary folder: weights, config, tokenizer, chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     try:
         where = {"gguf_file": gguf.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)

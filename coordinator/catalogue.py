@@ -175,8 +175,15 @@ class Catalogue:
     def versions(self, model: str, *, limit: int) -> tuple[VersionView, ...]:
         """Up to `limit` versions, newest first, none above the pointer. Raises NotFoundError for an unknown model."""
         newest = self.pointer(model).version
-        found = (self._view(model, number) for number in range(newest, max(-1, newest - limit), -1))
-        return tuple(view.model_copy(update={"latest": view.version == newest}) for view in found if view is not None)
+        found: list[VersionView] = []
+        measured_by_child: float | None = None
+        for number in range(newest, max(-1, newest - limit), -1):
+            view = self._view(model, number)
+            if view is not None:
+                loss = view.heldout_loss if view.heldout_loss is not None else measured_by_child
+                found.append(view.model_copy(update={"latest": number == newest, "heldout_loss": loss}))
+            measured_by_child = view.parent_heldout_loss if view is not None else None
+        return tuple(found)
 
     def has_blob(self, digest: str) -> bool:
         return self._store.head(blob_key(digest)) is not None
@@ -213,5 +220,6 @@ def _view_of(manifest: Manifest, digest: str) -> VersionView:
         contributions=len(manifest.terms),
         size_bytes=sum(file.size_bytes for file in manifest.export_files()),
         heldout_loss=manifest.evaluation.heldout_loss if manifest.evaluation is not None else None,
+        parent_heldout_loss=manifest.evaluation.parent_heldout_loss if manifest.evaluation is not None else None,
         latest=False,
     )

@@ -359,6 +359,8 @@ class VersionView(Answer):
     contributions: int
     size_bytes: int
     heldout_loss: float | None
+    """Nats per completion token; a base's own is what its first round measured of it."""
+    parent_heldout_loss: float | None = None
     latest: bool
 
 

@@ -85,7 +85,8 @@ def describe(event: WorkerEvent) -> str:
                 f"version {event.base_version}"
             )
         case NoWork():
-            return f"No work now: {event.reason or 'no open round'}; asking again in {event.retry_after_s:.0f} s"
+            reason = event.reason.rstrip(".") or "no open round"
+            return f"No work now: {reason}; asking again in {event.retry_after_s:.0f} s"
         case Downloading():
             name = "the base version" if event.what == "base" else "the shard"
             return f"Downloading {name}: {_amount(event.done)} of {_amount(event.total)}"
@@ -98,7 +99,7 @@ def describe(event: WorkerEvent) -> str:
         case Submitted():
             return f"Handed in {event.contribution[:12]}: {event.tokens} tokens; the verdict follows"
         case Verdict():
-            return f"{'Accepted' if event.accepted else 'Rejected'}: {event.reason or event.lease_id}"
+            return "Accepted" if event.accepted else f"Rejected: {event.reason or event.lease_id}"
         case Dropped():
             return f"A finished delta is of no use any more: {event.reason}"
         case Abandoned():

@@ -92,7 +92,7 @@ def build(
 
     from coordinator.cluster import start_cluster, stop_cluster
     from coordinator.dataset import build_dataset
-    from rankup.cli.output import print_json
+    from rankup.cli.output import print_json, print_table
     from rankup.cli.stack import ServerAccess, server_home
     from rankup.errors import InputError
     from rankup.store import open_store
@@ -135,8 +135,8 @@ def build(
         f"dataset {card.dataset}: {card.rows} rows in {len(card.shards)} shards, {card.heldout_rows} held out",
         fg="green",
     )
-    for step in card.pipeline:
-        typer.echo(f"  {step.name:<16} {step.rows_in:>8} -> {step.rows_out:<8} {step.detail}")
+    steps = [(step.name, step.rows_in, step.rows_out, step.detail) for step in card.pipeline]
+    print_table("", ("step", "#rows in", "#rows out", "what it does"), steps)
 
 
 @datasets_app.command("list")

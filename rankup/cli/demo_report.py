@@ -92,9 +92,8 @@ class DemoResult:
 
     @property
     def losses(self) -> list[float | None]:
-        """Held-out loss by version; the base's own is measured by the first round, as the loss of its parent."""
-        base = self.rounds[0].parent_heldout_loss if self.rounds else None
-        return [base if view.version == 0 else view.heldout_loss for view in self.versions]
+        """Held-out loss by version, from 0 on."""
+        return [view.heldout_loss for view in self.versions]
 
     @property
     def falling(self) -> bool:
@@ -151,7 +150,6 @@ def report_json(result: DemoResult) -> dict[str, Any]:
     return {
         "good": result.good,
         "versions": result.versions,
-        "heldout_losses": result.losses,
         "verify": {"ok": result.verify.ok} | asdict(result.verify),
         "rank": asdict(result.rank),
         "answers": [{"version": v, "question": result.question, "answer": a} for v, a in result.answers.items()],
@@ -171,8 +169,8 @@ def print_report(result: DemoResult) -> None:
         "Held-out loss (nats per token)",
         ("#version", "#held-out loss", "#contributions", "#size", "manifest"),
         [
-            (v.version, human_loss(loss), v.contributions, human_bytes(v.size_bytes), v.manifest[:16])
-            for v, loss in zip(result.versions, result.losses, strict=True)
+            (v.version, human_loss(v.heldout_loss), v.contributions, human_bytes(v.size_bytes), v.manifest[:16])
+            for v in result.versions
         ],
     )
     print_table(

@@ -41,8 +41,8 @@ def join(
         )
     if not as_json:
         typer.echo(
-            f"{summary.submitted} shards handed in, {summary.accepted} accepted, {summary.tokens} tokens, "
-            f"{summary.waiting} deltas still in the outbox. Thank you."
+            f"Handed in: {summary.submitted}, accepted: {summary.accepted}, tokens: {summary.tokens}, "
+            f"still in the outbox: {summary.waiting}. Thank you."
         )
 
 

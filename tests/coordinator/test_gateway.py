@@ -20,13 +20,15 @@ from gateway_world import (
 )
 from pydantic import SecretStr
 
+from coordinator.catalogue import Catalogue
 from coordinator.grants import delta_bound_bytes, seed_of
 from coordinator.openapi import EXAMPLES
 from rankup.protocol import LeaseState, Problem, RoundView, ServerInfo, VersionView
+from rankup.records import Evaluation
 from rankup.settings import LedgerSettings, StoreSettings
-from rankup.signing import public_key_hex
+from rankup.signing import generate_private_key, parse_private_key, public_key_hex
 from rankup.store import MemoryStore, S3Store
-from rankup.versions import open_envelope, upload_key
+from rankup.versions import manifest_digest, open_envelope, upload_key
 
 if TYPE_CHECKING:
     from conftest import ValkeyServer
@@ -142,6 +144,17 @@ def test_versions_are_listed_newest_first_and_none_above_the_pointer(world: Worl
     rows = [VersionView.model_validate(row) for row in world.http.get("/v1/models/tiny/versions").json()["versions"]]
     assert [(row.version, row.latest, row.heldout_loss) for row in rows] == [(1, True, 3.1), (0, False, 3.4)]
     assert [row["version"] for row in world.http.get("/v1/models/tiny/versions?limit=1").json()["versions"]] == [1]
+
+
+def test_a_base_that_was_never_measured_is_shown_with_what_its_first_round_measured_of_it() -> None:
+    store, key = MemoryStore(), parse_private_key(generate_private_key())
+    base = make_manifest(0, None, None)
+    publish(store, key, base)
+    first = make_manifest(1, manifest_digest(base), 3.1)
+    measured = Evaluation(heldout_loss=3.1, parent_heldout_loss=3.4, examples=4, tokens=40)
+    publish(store, key, first.model_copy(update={"evaluation": measured}))
+    rows = Catalogue(store, public_key_hex(key), clock=time.monotonic).versions("tiny", limit=10)
+    assert [(row.version, row.heldout_loss) for row in rows] == [(1, 3.1), (0, 3.4)]
 
 
 def test_a_version_is_served_as_the_bytes_that_were_signed(world: World) -> None:
