@@ -255,7 +255,7 @@ def _check_port(host: str, port: int) -> None:
         except OSError as exc:
             raise SetupError(
                 f"cannot listen on {host}:{port}: {exc.strerror}",
-                remedy="Choose another port: RANKUP_COORDINATOR_PORT.",
+                remedy="Choose another one with --port or RANKUP_COORDINATOR_PORT.",
             ) from exc
 
 
