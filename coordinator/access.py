@@ -23,6 +23,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
+from coordinator.blobs import Outgoing
 from coordinator.catalogue import Catalogue
 from coordinator.ledger import Ledger, Worker
 from coordinator.spool import Spool
@@ -57,6 +58,7 @@ class Desk:
         self.publisher_key = deps.publisher_key
         self.clock = deps.clock
         self.catalogue = Catalogue(deps.store, deps.publisher_key, clock=deps.clock)
+        self.outgoing = Outgoing()
         self.spool = Spool(deps.store, deps.settings.spool_dir)
         self.tickets: TicketSigner | None = None
         """Only where the gateway takes the uploads itself."""

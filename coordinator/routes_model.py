@@ -149,7 +149,13 @@ async def blob(sha256: Annotated[Digest, Path()], request: Request, desk: DeskOf
         raise NotFoundError(f"There is no blob {sha256}.", remedy="Take digests from a manifest of this server.")
     if desk.settings.transfer == "proxied":
         return blob_answer(
-            desk.store, key, size_bytes=info.size_bytes, sha256=sha256, method=request.method, asked=request.headers
+            desk.store,
+            key,
+            desk.outgoing,
+            size_bytes=info.size_bytes,
+            sha256=sha256,
+            method=request.method,
+            asked=request.headers,
         )
     return RedirectResponse(await desk.in_thread(desk.store.presign_get, key), status_code=307)
 

@@ -18,10 +18,10 @@ from starlette.types import Scope
 
 from coordinator.access import Desk, DeskOf
 from coordinator.openapi import refusals
-from coordinator.problems import from_error
+from coordinator.problems import from_error, problem_response
 from coordinator.spool import too_long, too_short
 from coordinator.tickets import UPLOADS_PATH, Ticket
-from rankup.errors import NotFoundError, RankupError
+from rankup.errors import InputError, NotFoundError, RankupError
 from rankup.protocol import Digest, Identifier
 
 log = structlog.get_logger(__name__)
@@ -55,6 +55,15 @@ async def upload(
     except ClientDisconnect:
         log.info("upload_broke_off", lease_id=lease_id)
         return Response(status_code=400)  # Nobody is there to read it.
+    except TimeoutError:
+        return problem_response(
+            status=408,
+            code=InputError.code,
+            title="The delta did not arrive",
+            detail="Nothing more of the delta arrived for a while, or it came too slowly.",
+            remedy="Send it again over a better connection.",
+            headers={"Connection": "close"},
+        )
     except RankupError as error:
         refusal = from_error(error)
         refusal.headers["Connection"] = "close"

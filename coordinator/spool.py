@@ -2,7 +2,7 @@
 
 What always holds:
 - memory holds at most `PIECE_BYTES` and one message of an arriving body, the disk never more than the ticket's size;
-- only a body with the ticket's length and sha256 reaches the store; the temporary file is gone after, whatever happened;
+- only a body with the ticket's length and sha256 reaches the store; the temporary file is gone after, come what may;
 - a sender that falls silent, or stays below `MIN_BYTES_PER_S`, is cut off; one lease has one upload at a time, and a
   replica has `MAX_UPLOADS`.
 
@@ -38,12 +38,6 @@ RETRY_AFTER_S = 5.0
 SENDS_AGAIN = "Send the file that the ticket was asked for, whole and unchanged."
 
 
-class StalledError(InputError):
-    """The body stopped arriving."""
-
-    http_status = 408
-
-
 class Spool:
     """Takes uploads into `store`. `folder` is for the temporary files; None: the system's own for such files."""
 
@@ -69,7 +63,7 @@ class Spool:
         Raises:
             TooLargeError: more bytes than the ticket has; raised at the first one too many.
             InputError: fewer bytes, or another sha256.
-            StalledError: nothing arrived for too long.
+            TimeoutError: nothing arrived for `silence_s`, or too little over all.
             BusyError: this lease has another upload under way, or this replica has too many.
             DiskFullError: no room for the temporary file.
         """
@@ -118,7 +112,8 @@ class Spool:
         began, size_bytes, piece = clock(), 0, bytearray()
         while True:
             slowest = began + self._silence_s + size_bytes / self._min_bytes_per_s
-            chunk = await self._next(body, min(clock() + self._silence_s, slowest))
+            async with asyncio.timeout_at(min(clock() + self._silence_s, slowest)):
+                chunk = await anext(body, None)
             size_bytes += len(chunk or b"")
             if size_bytes > ticket.size_bytes:
                 raise too_long(ticket)
@@ -131,17 +126,6 @@ class Spool:
         if size_bytes < ticket.size_bytes:
             raise too_short(ticket, size_bytes)
         return digest.hexdigest()
-
-    async def _next(self, body: AsyncIterator[bytes], deadline: float) -> bytes | None:
-        """The next bytes, or None at the end."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await anext(body, None)
-        except TimeoutError as exc:
-            raise StalledError(
-                f"Nothing arrived for {self._silence_s:g} s, or less than {self._min_bytes_per_s:g} bytes a second.",
-                remedy="Send the file again over a better connection.",
-            ) from exc
 
 
 def too_long(ticket: Ticket) -> TooLargeError:

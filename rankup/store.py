@@ -428,13 +428,17 @@ class S3Store:
         transfer = TransferConfig(
             multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES, max_concurrency=4
         )
-        with _open_source(path) as source, self._wrapped(key):
+        _open_source(path).close()
+        with self._wrapped(key):
             try:
-                self._client().upload_fileobj(
-                    source, self._settings.bucket, _checked(key), Callback=progress, Config=transfer
+                # By name: of an open file boto3 would hold up to ten parts in memory.
+                self._client().upload_file(
+                    str(path), self._settings.bucket, _checked(key), Callback=progress, Config=transfer
                 )
             except S3UploadFailedError as exc:
-                raise UnreachableError(f"cannot upload {path} to {self._where(key)}: {exc}") from exc
+                refused = exc.__context__
+                ours = self._translate(refused, key) if isinstance(refused, Exception) else None
+                raise ours or UnreachableError(f"cannot upload {path} to {self._where(key)}: {exc}") from exc
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(NotFoundError), self._wrapped(key):
@@ -616,18 +620,20 @@ def put_blob(store: Store, data: bytes) -> BlobRef:
     return BlobRef(sha256=digest, size_bytes=len(data))
 
 
-def put_blob_file(store: Store, path: Path, *, progress: Progress | None = None) -> BlobRef:
+def put_blob_file(store: Store, path: Path, *, ref: BlobRef | None = None, progress: Progress | None = None) -> BlobRef:
     """Store a file under its hash, reading it in pieces; nothing is sent where the same bytes are there already.
 
+    `ref` spares a pass over the file: hash and size as the writer of the file has just computed them from its bytes.
     Raises InputError where the file cannot be read.
     """
-    with _open_source(path) as source:
-        digest = hashlib.file_digest(source, "sha256").hexdigest()
-        size_bytes = source.tell()
-    present = store.head(blob_key(digest))
-    if present is None or present.size_bytes != size_bytes:
-        store.put_file(blob_key(digest), path, progress=progress)
-    return BlobRef(sha256=digest, size_bytes=size_bytes)
+    if ref is None:
+        with _open_source(path) as source:
+            digest = hashlib.file_digest(source, "sha256").hexdigest()
+            ref = BlobRef(sha256=digest, size_bytes=source.tell())
+    present = store.head(blob_key(ref.sha256))
+    if present is None or present.size_bytes != ref.size_bytes:
+        store.put_file(blob_key(ref.sha256), path, progress=progress)
+    return ref
 
 
 def get_blob(store: Store, digest: str, *, max_bytes: int) -> bytes:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankup.cli.addresses import is_loopback, local_url, shared_url
 from rankup.durable import write_file
 from rankup.errors import SetupError
 from rankup.settings import CoordinatorSettings, LedgerSettings, StoreSettings, state_home
@@ -78,7 +80,8 @@ class Stack:
         self.home = home or server_home()
         self._open_enrolment = open_enrolment
         self.settings = settings
-        self.url = f"http://{settings.host}:{settings.port}"
+        self.url = shared_url(settings.host, settings.port)
+        """As other machines reach it, where they do."""
         self._say = say or (lambda _line: None)
         self._services: LocalServices | None = None
         self._undo: list[Callable[[], None]] = []
@@ -130,7 +133,7 @@ class Stack:
 
         self._undo.append(lambda: (self.home / SERVER_FILE).unlink(missing_ok=True))
         access = {
-            "url": self.url,
+            "url": local_url(self.settings.host, self.settings.port),
             "organiser_token": self.settings.organiser_token.get_secret_value(),
             "store": store.to_wire(),
             "ray_address": cluster.address,
@@ -159,7 +162,16 @@ class Stack:
         self._undo.append(services.stop)
         services.start()
         self._services = services
+        if not is_loopback(self.settings.host):
+            self._proxy_transfers()
         return services.store_settings, services.ledger_settings
+
+    def _proxy_transfers(self) -> None:
+        """Volunteers do not reach the embedded object storage, which listens on loopback only: the gateway must."""
+        spool = self.home / "spool"
+        shutil.rmtree(spool, ignore_errors=True)  # What a killed server left behind.
+        self.settings = self.settings.model_copy(update={"transfer": "proxied", "spool_dir": spool})
+        self._say("transfer        through the gateway: the embedded object storage listens on loopback only")
 
     def _with_secrets(self, settings: CoordinatorSettings) -> CoordinatorSettings:
         """Fill in what the settings leave open: invite, organiser's token, publisher's key; made once, then kept."""

@@ -8,7 +8,7 @@ import hashlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -246,13 +246,18 @@ def serve(app: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def gateway(
-    ledger_settings: LedgerSettings, *, store: Store | None = None, clock: Callable[[], float] = time.time
+    ledger_settings: LedgerSettings,
+    *,
+    store: Store | None = None,
+    clock: Callable[[], float] = time.time,
+    changes: Mapping[str, Any] | None = None,
 ) -> Iterator[World]:
+    """`changes` go over the settings."""
     publisher = parse_private_key(generate_private_key())
     store = store or MemoryStore()
     settings = CoordinatorSettings(
         invite=SecretStr(INVITE), organiser_token=SecretStr(ORGANISER_TOKEN), max_body_bytes=16_384
-    )
+    ).model_copy(update=dict(changes or {}))
 
     async def connect_ledger() -> Ledger:
         return await Ledger.connect(ledger_settings)
