@@ -4,7 +4,8 @@ What always holds:
 - the same parent, terms and coefficients give the same bytes, whatever the order of the terms, the grouping of the
   tensors, the tiles of rows, the number of tasks or the machine (`rankup.fixedpoint` has the proof);
 - a tensor read from the parent is hashed against its manifest before it is used;
-- memory is that of one tensor and its factors, plus one tile; a group waits on disk until it is complete;
+- memory is that of one tensor and its factors, plus 64 MiB read ahead and one tile; a group waits on disk until it is
+  complete;
 - nothing is visible before both files of a group are blobs, so a crash is repaired by doing it again.
 
 It does not choose coefficients and does not hash whole deltas again: admission did before they became blobs, and
@@ -13,22 +14,27 @@ It does not choose coefficients and does not hash whole deltas again: admission 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import ray
 
-from aggregator.groups import Array, GroupReader, Layout, check_tensor, open_group_writer
+from aggregator.groups import Array, GroupReader, Layout, ReadAhead, check_tensor, open_group_writer, plan_groups
 from rankup.delta import DeltaReader
 from rankup.errors import IntegrityError
 from rankup.fixedpoint import fold_tensor
 from rankup.records import Group, Manifest, TensorEntry, Term
 from rankup.settings import StoreSettings
-from rankup.store import Store, blob_key, open_store
+from rankup.store import Store, open_store
 
 PARALLEL_READS = 8
 """Range reads at once in one task: a fold of many contributions waits for object storage more than it computes."""
+
+READ_AHEAD_BYTES = 64 * 1024**2
+"""Masters and factors of neighbouring tensors up to this many bytes are read at once, with one request for each blob: a
+request costs as much as half a megabyte, and the factors of a small tensor are a few kilobytes."""
 
 Folded = tuple[Group, dict[str, TensorEntry]]
 
@@ -53,30 +59,54 @@ def fold_group(
     and what the store raises.
     """
     before = {name: parent.tensors[name] for name in group.tensors}
-    deltas = [
-        (term.coefficient, DeltaReader(_range_reader(store, term.contribution), term.size_bytes))
-        for term in sorted(terms, key=lambda term: term.contribution)
-        if term.coefficient
-    ]
-    changed = {name for name in before if any(name in delta.layouts for _, delta in deltas)}
-    forbidden = sorted(name for name in changed if not before[name].lora)
-    if forbidden:
-        raise IntegrityError(f"a contribution changes {forbidden[0]}, which its parent does not let a delta change")
-    if not changed:
-        return group, before
-    masters = GroupReader(store, group.master)
-    layouts = {name: Layout(entry.shape, entry.export_dtype, entry.lora) for name, entry in before.items()}
-    with ThreadPoolExecutor(PARALLEL_READS) as pool, open_group_writer(number, total, layouts) as writer:
-        for name in sorted(before):
-            master: Array = masters.read(name)
-            check_tensor(master, before[name].master, name)
-            if name in changed:
-                touching = [(weight, delta) for weight, delta in deltas if name in delta.layouts]
-                factors = pool.map(lambda delta, name=name: delta.factors(name), [delta for _, delta in touching])
-                parts = [(weight, part) for (weight, _), part in zip(touching, factors, strict=True)]
-                master = fold_tensor(master, parts, denominator_log2, row_tile=row_tile)
-            writer.add(name, master)
-        return writer.finish(store)
+    weighted = [term for term in sorted(terms, key=lambda term: term.contribution) if term.coefficient]
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        deltas = list(pool.map(partial(_open_delta, store), weighted))
+        changed = {name for name in before if any(name in delta.reader.layouts for delta in deltas)}
+        forbidden = sorted(name for name in changed if not before[name].lora)
+        if forbidden:
+            raise IntegrityError(f"a contribution changes {forbidden[0]}, which its parent does not let a delta change")
+        if not changed:
+            return group, before
+        masters = GroupReader(store, group.master)
+        layouts = {name: Layout(entry.shape, entry.export_dtype, entry.lora) for name, entry in before.items()}
+        sizes = {name: masters.size_bytes(name) + sum(delta.size_bytes(name) for delta in deltas) for name in before}
+        with open_group_writer(number, total, layouts) as writer:
+            for names in plan_groups(sizes, READ_AHEAD_BYTES):
+                fetches = [partial(masters.fetch, names), *(partial(delta.fetch, names) for delta in deltas)]
+                list(pool.map(lambda fetch: fetch(), fetches))
+                for name in names:
+                    master: Array = masters.read(name)
+                    check_tensor(master, before[name].master, name)
+                    if name in changed:
+                        touching = [delta for delta in deltas if name in delta.reader.layouts]
+                        factors = pool.map(lambda delta, name=name: delta.reader.factors(name), touching)
+                        parts = [(delta.weight, part) for delta, part in zip(touching, factors, strict=True)]
+                        master = fold_tensor(master, parts, denominator_log2, row_tile=row_tile)
+                    writer.add(name, master)
+            return writer.finish(store)
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """One contribution of the sum, read by ranges."""
+
+    weight: int
+    blob: ReadAhead
+    reader: DeltaReader
+
+    def size_bytes(self, name: str) -> int:
+        return self.reader.layouts[name].size_bytes if name in self.reader.layouts else 0
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """Fetch the factors of `names`, which stand next to each other in the file, in one request."""
+        layouts = [self.reader.layouts[name] for name in names if name in self.reader.layouts]
+        self.blob.fetch((layout.start, layout.start + layout.size_bytes) for layout in layouts)
+
+
+def _open_delta(store: Store, term: Term) -> _Delta:
+    blob = ReadAhead(store, term.contribution)
+    return _Delta(term.coefficient, blob, DeltaReader(blob, term.size_bytes))
 
 
 @lru_cache(maxsize=2)
@@ -98,10 +128,6 @@ def _fold_group(
 
 fold_group_task = ray.remote(num_cpus=1)(_fold_group)
 """`fold_group` as a Ray task over S3: (store settings on the wire, parent, number, terms, denominator_log2)."""
-
-
-def _range_reader(store: Store, contribution: str) -> Callable[[int, int], bytes]:
-    return partial(store.get_range, blob_key(contribution))
 
 
 def next_tensors(folded: Sequence[Folded]) -> tuple[tuple[Group, ...], Mapping[str, TensorEntry]]:

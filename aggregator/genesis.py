@@ -105,7 +105,7 @@ def make_version_zero(
             # A crash may have come between the manifest and the pointer.
             publish_manifest(store, private_key, there)
             return there
-        plan = plan_groups({name: weight.master_bytes for name, weight in weights.items()}, group_bytes)
+        plan = _plan(weights, group_bytes)
         groups: list[Group] = []
         entries: dict[str, TensorEntry] = {}
         for number, names in enumerate(plan, start=1):
@@ -133,6 +133,18 @@ def make_version_zero(
     manifest = manifest.model_copy(update={"files": version_files(store, manifest, files)})
     publish_manifest(store, private_key, manifest)
     return manifest
+
+
+def _plan(weights: Mapping[str, _Weight], group_bytes: int) -> list[tuple[str, ...]]:
+    """Tensors that a delta may change apart from those that it may not: files of the latter stay the same from version
+    to version, so nobody writes, stores or pulls them twice."""
+    return [
+        names
+        for lora in (True, False)
+        for names in plan_groups(
+            {name: weight.master_bytes for name, weight in weights.items() if weight.layout.lora is lora}, group_bytes
+        )
+    ]
 
 
 def _published(store: Store, private_key: Ed25519PrivateKey, model: str) -> Manifest | None:

@@ -4,7 +4,8 @@ What always holds:
 - the bytes of a file depend on its tensors alone (names, shapes, dtypes, values): see `rankup.tensorfile`;
 - floating tensors are float32 in the master and are rounded once, from the master, into the export; all others are
   equal in both files;
-- a writer holds one tensor in memory at a time, a reader fetches one header and then only the bytes it is asked for.
+- a writer holds one tensor in memory at a time, a reader fetches one header and then only the bytes it is asked for,
+  either tensor by tensor or a stretch of neighbours ahead.
 
 It does not check hashes on reading (`check_tensor` does, against a manifest's entry) and does not decide what a model
 holds. Bfloat16 has no numpy dtype: it is held as its uint16 bit pattern.
@@ -15,9 +16,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,8 +196,8 @@ class GroupWriter:
         }
         path = self._folder / self._paths[which]
         with _disk_errors(path):
-            write_tensor_file(path, tensors, metadata)
-        ref = put_blob_file(store, path)
+            ref = write_tensor_file(path, tensors, metadata)
+        put_blob_file(store, path, ref=ref)
         path.unlink()
         return FileEntry(sha256=ref.sha256, size_bytes=ref.size_bytes, path=self._paths[which])
 
@@ -230,6 +232,37 @@ def write_group(
         return writer.finish(store)
 
 
+class ReadAhead:
+    """One blob as `read_at(start, length)`: what `fetch` has fetched costs no request, anything else costs one.
+
+    A request costs milliseconds whatever its size, so many small neighbours are better read as one stretch. Memory is
+    that of the last stretch. One thread at a time.
+    """
+
+    def __init__(self, store: Store, digest: str) -> None:
+        self._store = store
+        self._key = blob_key(digest)
+        self._start = 0
+        self._stretch = b""
+
+    def __call__(self, start: int, length: int) -> bytes:
+        offset = start - self._start
+        if offset >= 0 and offset + length <= len(self._stretch):
+            return self._stretch[offset : offset + length]
+        return self._store.get_range(self._key, start, length)
+
+    def fetch(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Fetch the bytes of `extents` (start, stop) in one request and forget the stretch before.
+
+        Where they leave gaps nothing is fetched: the bytes between could be any number.
+        """
+        ordered = sorted(extents)
+        self._stretch = b""
+        if ordered and all(left[1] == right[0] for left, right in pairwise(ordered)):
+            start, stop = ordered[0][0], ordered[-1][1]
+            self._start, self._stretch = start, self._store.get_range(self._key, start, stop - start)
+
+
 class GroupReader:
     """Reads single tensors of one stored file by byte range; the header is fetched once, when it is made.
 
@@ -237,8 +270,18 @@ class GroupReader:
     """
 
     def __init__(self, store: Store, ref: BlobRef) -> None:
-        key = blob_key(ref.sha256)
-        self._file = TensorFile(lambda start, length: store.get_range(key, start, length), ref.size_bytes)
+        self._read_at = ReadAhead(store, ref.sha256)
+        self._file = TensorFile(self._read_at, ref.size_bytes)
+
+    def size_bytes(self, name: str) -> int:
+        """Bytes of one tensor as it is stored; 0 where the file holds no such tensor."""
+        extent = self._file.entries.get(name)
+        return extent.stop - extent.start if extent is not None else 0
+
+    def fetch(self, names: Collection[str]) -> None:
+        """Fetch the tensors that are read next, in one request where they are neighbours. Unknown names are ignored."""
+        extents = [self._file.entries[name] for name in names if name in self._file.entries]
+        self._read_at.fetch((extent.start, extent.stop) for extent in extents)
 
     @property
     def names(self) -> tuple[str, ...]:
