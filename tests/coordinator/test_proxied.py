@@ -211,7 +211,8 @@ def test_an_answer_counts_until_it_is_taken_or_left(world: World, monkeypatch: p
     data = os.urandom(16 * PIECE_BYTES)
     url = f"/v1/blobs/{put_blob(world.store, data).sha256}"
     with world.http.stream("GET", url) as answer:
-        next(answer.iter_raw(1000))
+        pieces = answer.iter_raw(1000)  # Kept: a generator that is dropped closes the connection.
+        next(pieces)
         assert held == [len(data)]
     until(lambda: not held)
     assert world.http.get(url).content == data
