@@ -179,7 +179,8 @@ class Stack:
 
         path = self.home / "secrets.json"
         if not path.exists():
-            fresh = {"invite": secrets.token_urlsafe(12), "organiser_token": secrets.token_urlsafe(32)}
+            # Hex: a person types the invite, and one that began with "-" would be taken for an option.
+            fresh = {"invite": secrets.token_hex(8), "organiser_token": secrets.token_urlsafe(32)}
             write_file(path, json.dumps(fresh).encode())
         kept = json.loads(path.read_text())
         key_file = settings.publisher_key_file
