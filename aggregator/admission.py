@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from aggregator.lowrank import product_norm
@@ -45,6 +46,13 @@ class Case:
     max_delta_bytes: int
     seen: Callable[[str], bool]
     """Whether the digest was accepted before, under another lease."""
+
+    @cached_property
+    def products(self) -> tuple[tuple[str, float, float], ...]:
+        """Of every tensor: its name, the bound of its product's entries, and its product's norm; measured once."""
+        with DeltaReader.open(self.path) as reader:
+            parts = ((name, reader.factors(name)) for name in reader.names)
+            return tuple((name, factors.entry_bound, product_norm(factors)) for name, factors in parts)
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,7 @@ def _structure(case: Case) -> Finding:
 
 
 def _norm(case: Case) -> Finding:
-    with DeltaReader.open(case.path) as reader:
-        norm = math.hypot(*(product_norm(reader.factors(name)) for name in reader.names))
+    norm = math.hypot(*(norm for _, _, norm in case.products))
     if not math.isfinite(norm):
         return Finding("the delta's norm is not finite")
     if norm == 0:
@@ -148,15 +155,10 @@ def _norm(case: Case) -> Finding:
 
 def _cancellation(case: Case) -> Finding:
     worst = 0.0
-    with DeltaReader.open(case.path) as reader:
-        for name in reader.names:
-            factors = reader.factors(name)
-            bound, norm = factors.entry_bound, product_norm(factors)
-            if bound > MAX_CANCELLATION * norm:
-                return Finding(
-                    f"the components of {name} cancel each other: their bound is {bound:.3g}, not {norm:.3g}"
-                )
-            worst = max(worst, bound / norm if norm else 0.0)
+    for name, bound, norm in case.products:
+        if bound > MAX_CANCELLATION * norm:
+            return Finding(f"the components of {name} cancel each other: their bound is {bound:.3g}, not {norm:.3g}")
+        worst = max(worst, bound / norm if norm else 0.0)
     return Finding(value=worst)
 
 

@@ -35,7 +35,7 @@ from typing import Annotated, Any, Final, Literal, Self
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from rankup.durable import sync_folder
+from rankup.durable import read_range, sync_folder
 from rankup.errors import DeltaError, DiskFullError, InputError, NotFoundError, TooLargeError
 from rankup.fixedpoint import Factors, Int16Array
 from rankup.protocol import MAX_RANK, MAX_TARGETS, Digest, Identifier, Message, Target, TensorName, canonical_json
@@ -216,7 +216,7 @@ class DeltaReader:
         except OSError as exc:
             raise InputError(f"cannot open the delta {path}: {exc.strerror}") from exc
         try:
-            reader = cls(lambda offset, length: _pread(descriptor, offset, length), os.fstat(descriptor).st_size)
+            reader = cls(lambda offset, length: _read_range(descriptor, offset, length), os.fstat(descriptor).st_size)
         except BaseException:
             os.close(descriptor)
             raise
@@ -273,17 +273,11 @@ class DeltaReader:
         return data
 
 
-def _pread(descriptor: int, offset: int, length: int) -> bytes:
-    """One pread returns at most about 2 GiB, so ask until the end."""
-    pieces: list[bytes] = []
+def _read_range(descriptor: int, offset: int, length: int) -> bytes:
     try:
-        while length > 0 and (piece := os.pread(descriptor, length, offset)):
-            pieces.append(piece)
-            offset += len(piece)
-            length -= len(piece)
+        return read_range(descriptor, offset, length)
     except OSError as exc:
         raise InputError(f"cannot read the delta: {exc.strerror}") from exc
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

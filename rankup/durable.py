@@ -1,8 +1,9 @@
-"""Writing small files: a crash or a power cut leaves the old bytes or the new ones, and nobody else can read them.
+"""Local files: small ones written so that a crash leaves the old bytes or the new ones, large ones read by ranges.
 
-What always holds: data are on disk before the name points to them, and the name is on disk when the call returns. Large
-files that arrive piece by piece have their own ways (`rankup.delta`, `rankup.download`). Errors are OSError, as the
-operating system says them: the caller knows what the file is for.
+What always holds of a written file: its data are on disk before the name points to them, the name is on disk when the
+call returns, and nobody but its owner can read it unless `mode` says so. Files that arrive piece by piece have their
+own ways (`rankup.delta`, `rankup.download`). Errors are OSError, as the operating system says them: the caller knows
+what the file is for.
 """
 
 from __future__ import annotations
@@ -34,3 +35,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_range(descriptor: int, start: int, length: int) -> bytes:
+    """`length` bytes from `start` on, fewer at the end of the file. One pread gives at most about 2 GiB on Linux."""
+    pieces: list[bytes] = []
+    while length > 0 and (piece := os.pread(descriptor, length, start)):
+        pieces.append(piece)
+        start += len(piece)
+        length -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

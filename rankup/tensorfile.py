@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from rankup.durable import read_range
 from rankup.errors import InputError, IntegrityError, NotFoundError
 from rankup.records import BlobRef
 
@@ -78,7 +79,7 @@ class TensorFile:
         except OSError as exc:
             raise InputError(f"cannot read {path}: {exc.strerror}") from exc
         try:
-            file = cls(lambda start, length: _pread(descriptor, start, length), os.fstat(descriptor).st_size)
+            file = cls(lambda start, length: read_range(descriptor, start, length), os.fstat(descriptor).st_size)
         except BaseException:
             os.close(descriptor)
             raise
@@ -118,22 +119,6 @@ class TensorFile:
         if len(data) != length:
             raise IntegrityError(f"the tensor file ends early: {len(data)} of {length} bytes at {start}")
         return data
-
-
-def _pread(descriptor: int, start: int, length: int) -> bytes:
-    # One pread returns at most about 2 GiB on Linux.
-    data = os.pread(descriptor, length, start)
-    if len(data) == length or not data:
-        return data
-    parts = [data]
-    done = len(data)
-    while done < length:
-        part = os.pread(descriptor, length - done, start + done)
-        if not part:
-            break
-        parts.append(part)
-        done += len(part)
-    return b"".join(parts)
 
 
 def _parse(read: Callable[[int, int], bytes], size_bytes: int) -> tuple[dict[str, TensorExtent], dict[str, str]]:

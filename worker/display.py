@@ -40,7 +40,6 @@ from worker.events import (
 )
 
 Report = Callable[[WorkerEvent], None]
-_HISTORY = 8
 _QUIET_S = 2.0
 
 

@@ -112,15 +112,14 @@ def rank_of_update(store: Store, oldest: Manifest, latest: Manifest) -> RankOfUp
 
     names = list(latest.targets())
     name = names[len(names) // 2]
-    update = _master(store, latest, name).astype(np.float64) - _master(store, oldest, name).astype(np.float64)
+    newest = _master(store, latest, name)
+    update = newest.astype(np.float64) - _master(store, oldest, name).astype(np.float64)
     rounds = latest.version - oldest.version
     return RankOfUpdate(
         tensor=name,
         shape=update.shape,
         delta_rank=latest.recipe.rank if latest.recipe else 0,
-        accumulated_rank=numerical_rank(
-            update, noise_per_entry=rounds * 2.0**-24 * float(np.abs(_master(store, latest, name)).max())
-        ),
+        accumulated_rank=numerical_rank(update, noise_per_entry=rounds * 2.0**-24 * float(np.abs(newest).max())),
         deltas=rounds * len(latest.terms),
     )
 

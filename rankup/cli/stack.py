@@ -24,7 +24,7 @@ from rankup.errors import SetupError
 from rankup.settings import CoordinatorSettings, LedgerSettings, StoreSettings, state_home
 
 if TYPE_CHECKING:
-    from rankup.local import LocalServices
+    pass
 
 SERVER_FILE = "server.json"
 
@@ -83,7 +83,6 @@ class Stack:
         self.url = shared_url(settings.host, settings.port)
         """As other machines reach it, where they do."""
         self._say = say or (lambda _line: None)
-        self._services: LocalServices | None = None
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -161,7 +160,6 @@ class Stack:
         services = LocalServices(self.home / "services")
         self._undo.append(services.stop)
         services.start()
-        self._services = services
         if not is_loopback(self.settings.host):
             self._proxy_transfers()
         return services.store_settings, services.ledger_settings
