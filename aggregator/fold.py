@@ -24,7 +24,7 @@ import ray
 from aggregator.groups import Array, GroupReader, Layout, ReadAhead, check_tensor, open_group_writer, plan_groups
 from rankup.delta import DeltaReader
 from rankup.errors import IntegrityError
-from rankup.fixedpoint import fold_tensor
+from rankup.exactsum import fold_tensor
 from rankup.records import Group, Manifest, TensorEntry, Term
 from rankup.settings import StoreSettings
 from rankup.store import Store, open_store

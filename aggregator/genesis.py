@@ -34,8 +34,8 @@ from aggregator.groups import (
     tensor_digest,
 )
 from aggregator.publish import publish_manifest, version_files
+from rankup.bfloat16 import from_bfloat16
 from rankup.errors import InputError, NotFoundError, StateError
-from rankup.fixedpoint import from_bfloat16
 from rankup.records import FileEntry, Group, Manifest, TensorEntry
 from rankup.signing import Ed25519PrivateKey, public_key_hex
 from rankup.store import Store, put_blob

@@ -26,8 +26,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rankup.bfloat16 import to_bfloat16
 from rankup.errors import DiskFullError, InputError, IntegrityError
-from rankup.fixedpoint import to_bfloat16
 from rankup.records import BlobRef, FileEntry, Group, TensorEntry
 from rankup.store import Store, blob_key, put_blob_file
 from rankup.tensorfile import TensorFile, write_tensor_file

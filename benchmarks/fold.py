@@ -71,7 +71,8 @@ def measure(way: str, layers: int, contributions: int, rank: int) -> dict[str, A
     """CPU seconds of one way over all weights, in this process: factors are made outside the clock, once a shape."""
     import numpy as np
 
-    from rankup.fixedpoint import dequantise, fold_tensor, quantise
+    from rankup.exactsum import fold_tensor
+    from rankup.fixedpoint import dequantise, quantise
 
     rng = np.random.default_rng(7)
     scale = 1 / contributions

@@ -25,10 +25,12 @@ from typing import Literal
 
 import numpy as np
 
+from rankup.bfloat16 import to_bfloat16
 from rankup.delta import DeltaHeader, DeltaReader, check_structure
 from rankup.download import OnProgress, PullProgress, fetch
 from rankup.errors import DeltaError, InputError, IntegrityError, NotFoundError
-from rankup.fixedpoint import Factors, fold_tensor, to_bfloat16
+from rankup.exactsum import fold_tensor
+from rankup.fixedpoint import Factors
 from rankup.folder import ENVELOPE_NAME, folder_lock, read_folder_state, sha256_of, wanted_files
 from rankup.protocol import MAX_RANK, Target
 from rankup.records import BlobRef, Group, Manifest, TensorEntry

@@ -24,8 +24,8 @@ from aggregator.groups import (
     tensor_digest,
     write_group,
 )
+from rankup.bfloat16 import to_bfloat16
 from rankup.errors import InputError, IntegrityError, NotFoundError
-from rankup.fixedpoint import to_bfloat16
 from rankup.store import MemoryStore, blob_key, get_blob
 
 TENSORS = {

@@ -11,8 +11,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from rankup.bfloat16 import to_bfloat16
 from rankup.delta import DeltaHeader, write_delta
-from rankup.fixedpoint import Factors, fold_tensor, quantise, to_bfloat16
+from rankup.exactsum import fold_tensor
+from rankup.fixedpoint import Factors, quantise
 from rankup.protocol import Pointer, Recipe, canonical_json
 from rankup.records import BlobRef, FileEntry, Group, Manifest, TensorEntry, Term
 from rankup.signing import Ed25519PrivateKey, generate_private_key, parse_private_key, public_key_hex

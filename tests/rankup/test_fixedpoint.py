@@ -15,23 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankup import fixedpoint
+from rankup import bfloat16, exactsum
+from rankup.bfloat16 import from_bfloat16, to_bfloat16
 from rankup.errors import DeltaError, InputError, IntegrityError, SetupError
-from rankup.fixedpoint import (
-    COEFFICIENT_MAX,
-    EXPONENT_MAX,
-    EXPONENT_MIN,
-    MANTISSA_MAX,
-    Factors,
-    Term,
-    dequantise,
-    exact_sum,
-    fold_tensor,
-    from_bfloat16,
-    grid_exponent,
-    quantise,
-    to_bfloat16,
-)
+from rankup.exactsum import COEFFICIENT_MAX, Term, exact_sum, fold_tensor, grid_exponent
+from rankup.fixedpoint import EXPONENT_MAX, EXPONENT_MIN, MANTISSA_MAX, Factors, dequantise, quantise
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -258,7 +246,7 @@ def test_sums_that_break_the_law_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         grid_exponent([(1, factors), (1, other)], 16)
     with pytest.raises(InputError, match="no shape"):
         exact_sum([], 16)
-    monkeypatch.setattr(fixedpoint, "TOTAL_RANK_MAX", 5)
+    monkeypatch.setattr(exactsum, "TOTAL_RANK_MAX", 5)
     with pytest.raises(DeltaError, match="rank components"):
         grid_exponent([(1, factors), (1, factors)], 16)
 
@@ -295,27 +283,27 @@ def test_tiles_of_rows_and_of_rank_do_not_show(row_tile: int, rank_tile: int, mo
     terms = gaussian_terms(2, d_out=50, d_in=33, ranks=[4, 9, 1, 16])
     master = np.random.default_rng(3).normal(size=(50, 33)).astype(np.float32)
     expected = fold_tensor(master, terms, 16)
-    monkeypatch.setattr(fixedpoint, "_RANK_TILE", rank_tile)
+    monkeypatch.setattr(exactsum, "_RANK_TILE", rank_tile)
     assert fold_tensor(master, terms, 16, row_tile=row_tile).tobytes() == expected.tobytes()
 
 
 def test_one_concatenated_product_equals_products_one_by_one_and_in_any_order() -> None:
     terms = gaussian_terms(4, d_out=64, d_in=48, ranks=[8] * 20)
     x, grid = exact_sum(terms, 16)
-    plan = fixedpoint._plan(terms, 16)
+    plan = exactsum._plan(terms, 16)
     assert plan is not None
     for parts in (plan.parts, plan.parts[::-1]):
         total = np.zeros_like(x)
         for part in parts:
-            alone = fixedpoint._Plan(grid=grid, d_out=64, d_in=48, parts=(part,))
-            total = fixedpoint._sum(alone, slice(None)) + total
+            alone = exactsum._Plan(grid=grid, d_out=64, d_in=48, parts=(part,))
+            total = exactsum._sum(alone, slice(None)) + total
         assert total.tobytes() == x.tobytes()
 
 
 FOLD_SCRIPT = """
 import hashlib, numpy as np
 from test_fixedpoint import gaussian_terms
-from rankup.fixedpoint import fold_tensor
+from rankup.exactsum import fold_tensor
 master = np.random.default_rng(5).normal(size=(512, 640)).astype(np.float32)
 folded = fold_tensor(master, gaussian_terms(6, d_out=512, d_in=640, ranks=[16] * 20), 16)
 print(hashlib.sha256(folded.tobytes()).hexdigest())
@@ -541,7 +529,7 @@ def test_bfloat16_back_and_forth_changes_nothing_and_tiles_do_not_show(monkeypat
     values = np.random.default_rng(12).normal(size=(37, 29)).astype(np.float32)
     bits = to_bfloat16(values.T)
     assert bits.tobytes() == to_bfloat16(from_bfloat16(bits)).tobytes()
-    monkeypatch.setattr(fixedpoint, "_BFLOAT16_TILE", 10)
+    monkeypatch.setattr(bfloat16, "_TILE", 10)
     assert to_bfloat16(values.T).tobytes() == bits.tobytes()
 
 
