@@ -51,7 +51,11 @@ class Case:
     def products(self) -> tuple[tuple[str, float, float], ...]:
         """Of every tensor: its name, the bound of its product's entries, and its product's norm; measured once."""
         with DeltaReader.open(self.path) as reader:
-            parts = ((name, reader.factors(name)) for name in reader.names)
+            parts = (
+                (name if reader.slices(name) == 1 else f"{name}[{part}]", reader.factors(name, part))
+                for name in reader.names
+                for part in range(reader.slices(name))
+            )
             return tuple((name, factors.entry_bound, product_norm(factors)) for name, factors in parts)
 
 
@@ -82,11 +86,12 @@ def _round(case: Case) -> Finding:
     statement, record = case.submission.statement, case.record
     if statement.round_id != record.round_id:
         return Finding(f"the delta was made for round {statement.round_id}, not for {record.round_id}")
-    if statement.base_manifest != record.base_manifest:
-        return Finding(f"the delta was trained on version {statement.base_manifest[:12]}…, not on the round's base")
+    staleness = record.staleness(statement.base_manifest)
+    if staleness is None:
+        return Finding(f"the delta was trained on version {statement.base_manifest[:12]}…, not on a base of the round")
     if case.submission.shard >= len(record.shards):
         return Finding(f"shard {case.submission.shard} is not one of the round's {len(record.shards)} shards")
-    return Finding()
+    return Finding(value=staleness)
 
 
 def _work(case: Case) -> Finding:
@@ -127,7 +132,7 @@ def _digest(case: Case) -> Finding:
 
 def _structure(case: Case) -> Finding:
     """Header, names, shapes, ranks, exponents, stored maxima: all of `rankup.delta`'s rules."""
-    statement, record = case.submission.statement, case.record
+    statement, record, recipe = case.submission.statement, case.record, case.record.request.recipe
     expected = DeltaHeader(
         model=record.request.model,
         round_id=statement.round_id,
@@ -136,7 +141,13 @@ def _structure(case: Case) -> Finding:
     )
     try:
         with DeltaReader.open(case.path) as reader:
-            check_structure(reader, targets=record.targets, max_rank=record.request.recipe.rank, header=expected)
+            check_structure(
+                reader,
+                targets=record.targets,
+                header=expected,
+                partial=recipe.partial,
+                mantissa_bits=recipe.mantissa_bits,
+            )
             return Finding(value=len(reader.names))
     except (DeltaError, TooLargeError) as exc:
         return Finding(f"the delta is malformed: {exc.cause}")

@@ -64,17 +64,17 @@ def heldout_loss(
 
     if max_tokens < 2 or batch_size < 1:
         raise InputError(f"cannot score {max_tokens} tokens a row in batches of {batch_size}")
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     examples = [example for row in rows if (example := encode(tokenizer, row, max_tokens)) is not None]
     if not examples:
         raise InputError(f"none of the {len(rows)} held-out rows has a token to score within {max_tokens} tokens")
     # Rows of about the same length share a batch, so little of it is padding.
     examples.sort(key=lambda example: (len(example.ids), example.ids))
-    with _threads(threads), torch.inference_mode():
-        model = _load_model(folder)
+    with limited_threads(threads), torch.inference_mode():
+        model = load_model(folder)
         vocabulary = int(model.config.get_text_config().vocab_size)
-        batches = _batches(examples, batch_size, vocabulary)
-        sums = [_batch_nats(model, batch, tokenizer.pad_token_id or 0) for batch in batches]
+        batches = in_batches(examples, batch_size, vocabulary)
+        sums = [batch_nats(model, batch, tokenizer.pad_token_id or 0) for batch in batches]
     tokens = sum(len(example.ids) - example.scored_from for example in examples)
     return Loss(loss=math.fsum(sums) / tokens, examples=len(examples), tokens=tokens)
 
@@ -122,13 +122,13 @@ def answer(folder: Path, question: str, *, max_new_tokens: int = 64, threads: in
     import torch
     from transformers import GenerationConfig
 
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer.chat_template:
         ids = _chat_ids(tokenizer, [{"role": "user", "content": question}], opens_answer=True)
     else:
         ids = _plain_ids(tokenizer, question)
-    with _threads(threads), torch.inference_mode():
-        model = _load_model(folder)
+    with limited_threads(threads), torch.inference_mode():
+        model = load_model(folder)
         stops = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
         # A new configuration: the folder's own may ask for sampling or penalties, which would not be greedy.
         greedy = GenerationConfig(
@@ -146,7 +146,8 @@ def answer(folder: Path, question: str, *, max_new_tokens: int = 64, threads: in
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Of a local folder, without its code. Raises InputError where it holds no usable one."""
     from transformers import AutoTokenizer
 
     try:
@@ -155,7 +156,8 @@ def _load_tokenizer(folder: Path) -> Any:
         raise InputError(f"{folder} holds no usable tokenizer: {exc}") from exc
 
 
-def _load_model(folder: Path) -> Any:
+def load_model(folder: Path) -> Any:
+    """In float32 on the CPU, in evaluation mode, without its code. Raises InputError where there is no usable one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -169,7 +171,8 @@ def _load_model(folder: Path) -> Any:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """torch computes with so many threads while this context lasts; None changes nothing."""
     import torch
 
     before = torch.get_num_threads()
@@ -222,7 +225,7 @@ def _as_list(value: int | list[int] | None) -> list[int | None]:
 # -- scoring -----------------------------------------------------------------------------------------------------------
 
 
-def _batches(examples: Sequence[Example], batch_size: int, vocabulary: int) -> Iterator[list[Example]]:
+def in_batches(examples: Sequence[Example], batch_size: int, vocabulary: int) -> Iterator[list[Example]]:
     """Consecutive examples, sorted by length, in batches within `batch_size` and `MAX_LOGITS`."""
     batch: list[Example] = []
     for example in examples:
@@ -234,7 +237,7 @@ def _batches(examples: Sequence[Example], batch_size: int, vocabulary: int) -> I
         yield batch
 
 
-def _batch_nats(model: Any, batch: Sequence[Example], pad: int) -> float:
+def batch_nats(model: Any, batch: Sequence[Example], pad: int) -> float:
     """Sum of -ln p over the scored tokens of a batch, added up in float64."""
     import torch
 

@@ -3,12 +3,13 @@
 What always holds:
 - tensors are read one by one from the base's safetensors files; never is the whole model in memory;
 - the master is the base's value as float32, exactly for bfloat16, float16 and float32; the export is that rounded once;
-- a delta may change the weight of every linear layer but the output head: what peft calls "all-linear";
+- a tensor gets the role that it has in the model (`aggregator.skeleton`), so any recipe can be chosen later; a tensor
+  that is stored otherwise than the model holds it, such as experts one by one, has no role and stays as it is;
 - only files with the names in `CARRIED` go into the version, and nothing in them asks for foreign code or a quantiser;
 - making the same version 0 twice is making it once.
 
-It does not download anything (`aggregator.bases` does), and takes no model whose linear layers transformers holds in
-other classes than `torch.nn.Linear`, such as GPT-2 with its `Conv1D`.
+It does not download anything (`aggregator.bases` does), and converts no names: a mixture of experts whose file holds
+each expert apart is imported as it is, and its experts cannot be trained.
 """
 
 from __future__ import annotations
@@ -23,22 +24,16 @@ from typing import Any, get_args
 import numpy as np
 
 from aggregator.bases import INDEX, WEIGHTS, Base, fetch_base, require_safetensors
-from aggregator.groups import (
-    STORED_AS,
-    Array,
-    Dtype,
-    Layout,
-    is_floating,
-    open_group_writer,
-    plan_groups,
-    tensor_digest,
-)
+from aggregator.groups import Layout, open_group_writer, plan_groups, tensor_digest
 from aggregator.publish import publish_manifest, version_files
+from aggregator.skeleton import Skeleton
 from rankup.bfloat16 import from_bfloat16
+from rankup.dtypes import STORED_AS, Array, Dtype, is_floating
 from rankup.errors import InputError, NotFoundError, StateError
 from rankup.records import FileEntry, Group, Manifest, TensorEntry
 from rankup.signing import Ed25519PrivateKey, public_key_hex
 from rankup.store import Store, put_blob
+from rankup.targets import Role
 from rankup.tensorfile import TensorFile
 from rankup.versions import MAX_ENVELOPE_BYTES, manifest_key, open_envelope
 
@@ -83,8 +78,8 @@ def make_version_zero(
 
     Raises:
         StateError: `model` has a version 0 with other tensors.
-        InputError: the base is quantised, has no linear layer or no tokenizer, a value that bfloat16 cannot hold, or
-            weights whose names are not those of its modules.
+        InputError: the base is quantised, has no tokenizer, a value that bfloat16 cannot hold, or linear layers whose
+            weights have other names, shapes or types than its config asks for.
         IntegrityError: a weights file is damaged, or the stored version 0 is not signed by this key.
         NotFoundError: a file that the index names is missing.
     """
@@ -136,15 +131,12 @@ def make_version_zero(
 
 
 def _plan(weights: Mapping[str, _Weight], group_bytes: int) -> list[tuple[str, ...]]:
-    """Tensors that a delta may change apart from those that it may not: files of the latter stay the same from version
-    to version, so nobody writes, stores or pulls them twice."""
-    return [
-        names
-        for lora in (True, False)
-        for names in plan_groups(
-            {name: weight.master_bytes for name, weight in weights.items() if weight.layout.lora is lora}, group_bytes
-        )
-    ]
+    """Tensors that most recipes train ("all-linear") apart from the others: files of the latter mostly stay the same
+    from version to version, so nobody writes, stores or pulls them twice."""
+    sizes: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    for name, weight in weights.items():
+        sizes[weight.layout.role == "linear"][name] = weight.master_bytes
+    return [names for trained in (True, False) for names in plan_groups(sizes[trained], group_bytes)]
 
 
 def _published(store: Store, private_key: Ed25519PrivateKey, model: str) -> Manifest | None:
@@ -161,7 +153,7 @@ def _require_same(there: Manifest, weights: Mapping[str, _Weight], advance: Call
     same = there.tensors.keys() == weights.keys()
     for name in sorted(weights) if same else ():
         entry, weight = there.tensors[name], weights[name]
-        found = Layout(entry.shape, entry.export_dtype, entry.lora)
+        found = Layout(entry.shape, entry.export_dtype, entry.role)
         same = found == weight.layout and tensor_digest(weight.master()) == entry.master
         if not same:
             break
@@ -171,6 +163,12 @@ def _require_same(there: Manifest, weights: Mapping[str, _Weight], advance: Call
             f"{there.model} has a version 0 already, made from {there.base_model}, with other tensors",
             remedy="Choose another name for the model, or go on with what is there.",
         )
+
+
+def linear_weights(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, as stored, of the weights that "all-linear" trains. Raises InputError: no model is there."""
+    parameters = Skeleton.of(folder).parameters
+    return {name: parameter.shape for name, parameter in parameters.items() if parameter.role == "linear"}
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -209,7 +207,7 @@ def _open_weights(folder: Path) -> Iterator[dict[str, _Weight]]:
     with ExitStack() as stack:
         files = [stack.enter_context(TensorFile.open(folder / name)) for name in _weight_files(folder)]
         stored = {name: file for file in files for name in file}
-        skeleton = _Skeleton.of(folder)
+        skeleton = Skeleton.of(folder)
         names = {skeleton.model_name(name): name for name in stored}
         if len(names) < len(stored):
             raise InputError(f"{folder} holds the same weight under two names")
@@ -218,15 +216,20 @@ def _open_weights(folder: Path) -> Iterator[dict[str, _Weight]]:
             if stored[head].read(head) != stored[embedding].read(embedding):
                 raise InputError(f"the config ties {head} to {embedding}, but {folder} holds different values for them")
             del names[skeleton.tied_head or ""]
-        for name, shape in skeleton.linear.items():
+        for name, parameter in skeleton.parameters.items():
             found = names.get(name)
-            if found is None or stored[found].entries[found].shape != shape:
+            # A linear layer that is not there would start from random numbers. The rest has old names in some files,
+            # and transformers knows them.
+            missing = found is None and parameter.role == "linear"
+            extent = None if found is None else stored[found].entries[found]
+            if missing or (extent and (extent.shape != parameter.shape or not is_floating(extent.dtype))):
                 raise InputError(
-                    f"{folder} has no weight {name} of shape {list(shape)}, which its config asks for",
+                    f"{folder} has no weight {name} of shape {list(parameter.shape)}, which its config asks for",
                     remedy="Load the model with transformers, save it with save_pretrained and give that folder.",
                 )
+        roles = {name: parameter.role for name, parameter in skeleton.parameters.items()}
         yield {
-            name: _Weight(stored[at], at, _layout(stored[at], at, lora=name in skeleton.linear))
+            name: _Weight(stored[at], at, _layout(stored[at], at, role=roles.get(name)))
             for name, at in sorted(names.items())
         }
 
@@ -244,10 +247,10 @@ def _weight_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _layout(file: TensorFile, name: str, *, lora: bool) -> Layout:
+def _layout(file: TensorFile, name: str, *, role: Role | None) -> Layout:
     extent = file.entries[name]
     dtype: Dtype = "BF16" if is_floating(extent.dtype) else _dtype(extent.dtype)
-    return Layout(extent.shape, dtype, lora)
+    return Layout(extent.shape, dtype, role)
 
 
 def _dtype(name: str) -> Dtype:
@@ -255,65 +258,6 @@ def _dtype(name: str) -> Dtype:
         if known == name:
             return known  # type: ignore[no-any-return]
     raise InputError(f"the base has a tensor of the dtype {name}, which versions do not hold")
-
-
-# -- the model's modules -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Skeleton:
-    """What a config says about names and shapes, from the model built without memory for its weights."""
-
-    names: frozenset[str]
-    prefix: str
-    linear: Mapping[str, tuple[int, ...]]
-    """Weights of linear layers but the output head: name -> (d_out, d_in)."""
-    embedding: str | None
-    tied_head: str | None
-    """The head's weight where the config ties it to the embedding."""
-
-    @classmethod
-    def of(cls, folder: Path) -> _Skeleton:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as exc:
-            raise InputError(f"{folder} holds no language model that transformers can build: {exc}") from exc
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        modules: dict[str, Any] = dict(model.named_modules())
-        weight_of = {id(module): f"{name}.weight" for name, module in modules.items()}
-        linear = {
-            f"{name}.weight": tuple(int(n) for n in module.weight.shape)
-            for name, module in modules.items()
-            if isinstance(module, torch.nn.Linear) and module is not head
-        }
-        if not linear:
-            raise InputError(
-                f"{folder} is a {config.model_type} model without a torch.nn.Linear layer: there is nothing to train",
-                remedy="Choose a model with linear layers, such as one of the Llama, Qwen or SmolLM families.",
-            )
-        tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-        return cls(
-            names=frozenset(model.state_dict()),
-            prefix=f"{model.base_model_prefix}.",
-            linear=linear,
-            embedding=weight_of.get(id(embedding)),
-            tied_head=weight_of.get(id(head)) if tied else None,
-        )
-
-    def model_name(self, stored_name: str) -> str:
-        """The model's name for a stored tensor: files of a bare backbone leave the prefix out."""
-        longer = self.prefix + stored_name
-        return longer if stored_name not in self.names and longer in self.names else stored_name
-
-
-def linear_weights(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes (d_out, d_in) of the weights that a delta may change. Raises InputError where there are none."""
-    return dict(_Skeleton.of(folder).linear)
 
 
 # -- the other files ---------------------------------------------------------------------------------------------------

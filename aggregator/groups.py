@@ -1,11 +1,12 @@
-"""Groups of tensors in object storage: one float32 master file and one export file each, both plain safetensors.
+"""Groups of tensors in object storage: a float32 master file, an export file and, where the outer step keeps a state, a
+momentum file, all plain safetensors.
 
 What always holds:
 - the bytes of a file depend on its tensors alone (names, shapes, dtypes, values): see `rankup.tensorfile`;
 - floating tensors are float32 in the master and are rounded once, from the master, into the export; all others are
-  equal in both files;
-- a writer holds one tensor in memory at a time, a reader fetches one header and then only the bytes it is asked for,
-  either tensor by tensor or a stretch of neighbours ahead.
+  equal in both files; the momentum file holds the tensors that have a state, and no other;
+- a writer holds a few tiles in memory and each byte once on disk, in the file that is stored; a reader fetches one
+  header and then only the bytes it is asked for, either piece by piece or a stretch of neighbours ahead.
 
 It does not check hashes on reading (`check_tensor` does, against a manifest's entry) and does not decide what a model
 holds. Bfloat16 has no numpy dtype: it is held as its uint16 bit pattern.
@@ -16,47 +17,29 @@ from __future__ import annotations
 import errno
 import hashlib
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rankup.bfloat16 import to_bfloat16
+from rankup.dtypes import STORED_AS, Array, Dtype, export_of, master_dtype, raw_bytes
 from rankup.errors import DiskFullError, InputError, IntegrityError
+from rankup.foldrows import Tile, TileHashes
 from rankup.records import BlobRef, FileEntry, Group, TensorEntry
 from rankup.store import Store, blob_key, put_blob_file
-from rankup.tensorfile import TensorFile, write_tensor_file
-
-Dtype = Literal["BF16", "F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "BOOL"]
-Array = NDArray[Any]
+from rankup.targets import Role
+from rankup.tensorfile import TensorFile, TensorFileWriter
 
 MASTER_METADATA = {"format": "rankup.master/1"}
 EXPORT_METADATA = {"format": "pt"}
 """What transformers asks of a file before it loads it."""
+MOMENTUM_METADATA = {"format": "rankup.momentum/1"}
 
-STORED_AS: dict[str, np.dtype[Any]] = {
-    "BF16": np.dtype("<u2"),
-    "F16": np.dtype("<f2"),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-    "I8": np.dtype("i1"),
-    "I16": np.dtype("<i2"),
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
-_ROUND_TO: dict[str, Callable[[Array], Array]] = {
-    "BF16": to_bfloat16,
-    "F16": lambda master: master.astype("<f2"),
-    "F32": lambda master: master,
-    "F64": lambda master: master.astype("<f8"),
-}
+ADD_TILE_BYTES = 16 * 1024**2
+"""A tensor that is at hand is rounded and written in pieces of this size."""
 
 
 def plan_groups(sizes: Mapping[str, int], max_bytes: int) -> list[tuple[str, ...]]:
@@ -90,9 +73,14 @@ def export_path(number: int, total: int) -> str:
     return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
+def momentum_path(number: int, total: int) -> str:
+    """File name of the outer step's state of group `number` (from 1) of `total`."""
+    return f"momentum-{number:05d}-of-{total:05d}.safetensors"
+
+
 def tensor_digest(array: Array) -> str:
     """sha256 of the raw little-endian bytes of `array` in row-major order."""
-    return hashlib.sha256(_raw(array)).hexdigest()
+    return hashlib.sha256(raw_bytes(array)).hexdigest()
 
 
 def check_tensor(array: Array, digest: str, name: str) -> None:
@@ -101,112 +89,133 @@ def check_tensor(array: Array, digest: str, name: str) -> None:
         raise IntegrityError(f"tensor {name} does not have the hash that its manifest gives")
 
 
-def is_floating(dtype: str) -> bool:
-    """Whether an export of `dtype` has a float32 master."""
-    return dtype in _ROUND_TO
-
-
 @dataclass(frozen=True)
 class Layout:
     """What a tensor looks like before its values are known."""
 
     shape: tuple[int, ...]
     export_dtype: Dtype
-    lora: bool = False
+    role: Role | None = None
 
     @property
     def master_dtype(self) -> str:
-        return "F32" if is_floating(self.export_dtype) else self.export_dtype
+        return master_dtype(self.export_dtype)
 
 
 class GroupWriter:
-    """Collects the tensors of one group, in any order, and stores both files when the last one is there.
+    """Writes the files of one group, tensor by tensor, and stores them when the last one is there.
 
-    Tensors wait in one spool file in `folder`; nothing reaches the store before `finish`.
+    Files are written where they stay until they are stored; nothing reaches the store before `finish`. A file is hashed
+    on the way where tensors come in its own order (`order`), and read once more where not.
     """
 
-    def __init__(self, folder: Path, number: int, total: int, layouts: Mapping[str, Layout]) -> None:
+    def __init__(
+        self, folder: Path, number: int, total: int, layouts: Mapping[str, Layout], stateful: Collection[str]
+    ) -> None:
         if not layouts:
             raise InputError("a group needs at least one tensor")
         self._folder = folder
-        self._spool = folder / "spool"
-        self._spooled_bytes = 0
-        self._paths = (master_path(number, total), export_path(number, total))
         self._layouts = dict(layouts)
+        self._stateful = frozenset(stateful)
         self._entries: dict[str, TensorEntry] = {}
-        self._places: dict[str, tuple[slice, slice]] = {}
-        """Name -> where its master and its export lie in the spool."""
+        self._open = ExitStack()
+        shapes = {name: layout.shape for name, layout in layouts.items()}
+        masters = {name: (layout.master_dtype, layout.shape) for name, layout in layouts.items()}
+        exports = {name: (layout.export_dtype, layout.shape) for name, layout in layouts.items()}
+        momenta = {name: ("F32", shapes[name]) for name in stateful}
+        self._master = self._start(master_path(number, total), masters, MASTER_METADATA)
+        self._export = self._start(export_path(number, total), exports, EXPORT_METADATA)
+        self._momentum = (
+            self._start(momentum_path(number, total), momenta, MOMENTUM_METADATA) if self._stateful else None
+        )
+        self.order = self._master[1].order
+        """Names in the order of the master file: the cheapest order to write them in."""
 
     def add(self, name: str, master: Array) -> None:
-        """Take `name`: a float32 array for a floating tensor, the tensor as it is for any other.
+        """Take a tensor that is at hand: float32 where it is floating, as it is where not. It has no momentum.
 
         Raises InputError when name, shape or dtype is not what the layout says; DiskFullError.
         """
-        layout = self._layouts.get(name)
-        if layout is None or name in self._entries:
-            raise InputError(f"tensor {name} does not belong to this group or was written before")
+        layout = self._layout(name)
         if tuple(master.shape) != layout.shape or master.dtype != STORED_AS[layout.master_dtype]:
             want = f"{layout.master_dtype} {list(layout.shape)}"
             raise InputError(f"tensor {name} is {master.dtype} {list(master.shape)}, not {want}")
-        place = self._append(master)
-        if layout.export_dtype == layout.master_dtype:
-            export, export_place = master, place
-        else:
-            export = _ROUND_TO[layout.export_dtype](master)
-            export_place = self._append(export)
-        self._places[name] = (place, export_place)
-        self._entries[name] = TensorEntry(
-            shape=layout.shape,
-            export_dtype=layout.export_dtype,
-            master=tensor_digest(master),
-            export=tensor_digest(export),
-            lora=layout.lora,
-        )
+        flat = np.ascontiguousarray(master).reshape(-1)
+        step = ADD_TILE_BYTES // flat.dtype.itemsize
+        pieces = (flat[start : start + step] for start in range(0, flat.size, step))
+        self.write(name, (Tile(piece, export_of(piece, layout.export_dtype), None) for piece in pieces))
+
+    def write(self, name: str, tiles: Iterable[Tile]) -> None:
+        """Take a tensor in pieces, in order. Raises InputError (name, or too few or too many values), DiskFullError."""
+        layout = self._layout(name)
+        hashes = TileHashes()
+        with _disk_errors(self._folder):
+            for tile in tiles:
+                hashes.update(tile)
+                self._master[1].append(name, raw_bytes(tile.master))
+                self._export[1].append(name, raw_bytes(tile.export))
+                if (tile.momentum is not None) != (name in self._stateful):
+                    raise InputError(
+                        f"tensor {name} has a momentum in the plan of its group or in its rows, not in both"
+                    )
+                if tile.momentum is not None and self._momentum is not None:
+                    self._momentum[1].append(name, raw_bytes(tile.momentum))
+        self._entries[name] = hashes.entry(layout.shape, layout.export_dtype, layout.role)
 
     def finish(self, store: Store) -> tuple[Group, dict[str, TensorEntry]]:
-        """Put both files into the store as blobs. Raises InputError when a tensor is missing; errors of the store."""
+        """Put the files into the store as blobs. Raises InputError when a tensor is missing; errors of the store."""
         missing = sorted(self._layouts.keys() - self._entries.keys())
         if missing:
             raise InputError(f"the group lacks {len(missing)} tensors, {missing[0]} among them")
-        master_dtypes = {name: layout.master_dtype for name, layout in self._layouts.items()}
-        export_dtypes = {name: layout.export_dtype for name, layout in self._layouts.items()}
         entries = {name: self._entries[name] for name in sorted(self._entries)}
         group = Group(
             tensors=tuple(entries),
-            master=self._store_file(store, 0, master_dtypes, MASTER_METADATA),
-            export=self._store_file(store, 1, export_dtypes, EXPORT_METADATA),
+            master=self._store_file(store, *self._master),
+            export=self._store_file(store, *self._export),
+            momentum=None if self._momentum is None else self._store_file(store, *self._momentum),
         )
         return group, entries
 
-    def _append(self, array: Array) -> slice:
-        raw = _raw(array)
-        with _disk_errors(self._spool), self._spool.open("ab") as file:
-            file.write(raw)
-        start, self._spooled_bytes = self._spooled_bytes, self._spooled_bytes + raw.nbytes
-        return slice(start, self._spooled_bytes)
+    def close(self) -> None:
+        """Close the files. What cannot be written to them any more does not matter: `finish` has closed good ones."""
+        with suppress(OSError):
+            self._open.close()
 
-    def _store_file(
-        self, store: Store, which: int, dtypes: Mapping[str, str], metadata: Mapping[str, str]
-    ) -> FileEntry:
-        # An empty file cannot be mapped: a group of tensors without elements is legal.
-        spool = np.memmap(self._spool, dtype=np.uint8, mode="r") if self._spooled_bytes else np.empty(0, np.uint8)
-        tensors = {
-            name: (dtypes[name], layout.shape, spool[self._places[name][which]].data)
-            for name, layout in self._layouts.items()
-        }
-        path = self._folder / self._paths[which]
+    def _layout(self, name: str) -> Layout:
+        layout = self._layouts.get(name)
+        if layout is None or name in self._entries:
+            raise InputError(f"tensor {name} does not belong to this group or was written before")
+        return layout
+
+    def _start(
+        self, path: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> tuple[IO[bytes], TensorFileWriter]:
+        with _disk_errors(self._folder):
+            file = self._open.enter_context((self._folder / path).open("w+b"))
+            return file, TensorFileWriter(file, tensors, metadata)
+
+    def _store_file(self, store: Store, file: IO[bytes], writer: TensorFileWriter) -> FileEntry:
+        path = Path(file.name)
         with _disk_errors(path):
-            ref = write_tensor_file(path, tensors, metadata)
+            ref = writer.finish()
+            file.close()
         put_blob_file(store, path, ref=ref)
         path.unlink()
-        return FileEntry(sha256=ref.sha256, size_bytes=ref.size_bytes, path=self._paths[which])
+        return FileEntry(sha256=ref.sha256, size_bytes=ref.size_bytes, path=path.name)
 
 
 @contextmanager
-def open_group_writer(number: int, total: int, layouts: Mapping[str, Layout]) -> Iterator[GroupWriter]:
-    """A writer with a temporary folder of its own, removed at the end whatever happens."""
+def open_group_writer(
+    number: int, total: int, layouts: Mapping[str, Layout], stateful: Collection[str] = ()
+) -> Iterator[GroupWriter]:
+    """A writer with a temporary folder of its own, removed at the end whatever happens. `stateful` names the tensors
+    that have a momentum."""
     with tempfile.TemporaryDirectory(prefix="rankup-group-") as folder:
-        yield GroupWriter(Path(folder), number, total, layouts)
+        writer = GroupWriter(Path(folder), number, total, layouts, stateful)
+        try:
+            yield writer
+        finally:
+            writer.close()
 
 
 def write_group(
@@ -215,52 +224,64 @@ def write_group(
     total: int,
     tensors: Mapping[str, Array],
     export_dtypes: Mapping[str, Dtype],
-    lora: Collection[str],
+    roles: Mapping[str, Role],
 ) -> tuple[Group, dict[str, TensorEntry]]:
-    """Store one group whose tensors are at hand. `number` counts from 1; `lora` names what a delta may change.
+    """Store one group whose tensors are at hand. `number` counts from 1; `roles` names the weights that a delta
+    may change.
 
     Floating tensors must be float32 masters. Raises InputError for a dtype or shape that does not fit, and what the
     store raises.
     """
     layouts = {
-        name: Layout(tuple(int(n) for n in array.shape), export_dtypes[name], name in lora)
+        name: Layout(tuple(int(n) for n in array.shape), export_dtypes[name], roles.get(name))
         for name, array in tensors.items()
     }
     with open_group_writer(number, total, layouts) as writer:
-        for name in sorted(tensors):
+        for name in writer.order:
             writer.add(name, tensors[name])
         return writer.finish(store)
 
 
-class ReadAhead:
-    """One blob as `read_at(start, length)`: what `fetch` has fetched costs no request, anything else costs one.
+Stretches = list[tuple[int, bytes]]
+"""Bytes of a blob that were read ahead, each with its place."""
 
-    A request costs milliseconds whatever its size, so many small neighbours are better read as one stretch. Memory is
-    that of the last stretch. One thread at a time.
+
+class ReadAhead:
+    """One blob as `read_at(start, length)`: what was read ahead costs no request, anything else costs one.
+
+    A request costs milliseconds whatever its size, so many small neighbours are better read as one stretch. `load` may
+    run in another thread while the stretches in use are read; all else belongs to one thread.
     """
 
     def __init__(self, store: Store, digest: str) -> None:
         self._store = store
         self._key = blob_key(digest)
-        self._start = 0
-        self._stretch = b""
+        self._stretches: Stretches = []
 
     def __call__(self, start: int, length: int) -> bytes:
-        offset = start - self._start
-        if offset >= 0 and offset + length <= len(self._stretch):
-            return self._stretch[offset : offset + length]
+        for first, stretch in self._stretches:
+            if first <= start and start + length <= first + len(stretch):
+                return stretch[start - first : start - first + length]
         return self._store.get_range(self._key, start, length)
 
-    def fetch(self, extents: Iterable[tuple[int, int]]) -> None:
-        """Fetch the bytes of `extents` (start, stop) in one request and forget the stretch before.
+    def load(self, extents: Iterable[tuple[int, int]]) -> Stretches:
+        """Read the bytes of `extents` (start, stop), neighbours in one request."""
+        runs: list[tuple[int, int]] = []
+        for start, stop in sorted(extents):
+            if runs and runs[-1][1] == start:
+                runs[-1] = runs[-1][0], stop
+            elif start < stop:
+                runs.append((start, stop))
+        return [(start, self._store.get_range(self._key, start, stop - start)) for start, stop in runs]
 
-        Where they leave gaps nothing is fetched: the bytes between could be any number.
-        """
-        ordered = sorted(extents)
-        self._stretch = b""
-        if ordered and all(left[1] == right[0] for left, right in pairwise(ordered)):
-            start, stop = ordered[0][0], ordered[-1][1]
-            self._start, self._stretch = start, self._store.get_range(self._key, start, stop - start)
+    def use(self, stretches: Stretches) -> None:
+        """Read from these from now on, and forget those before."""
+        self._stretches = stretches
+
+    def fetch(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Forget what is in use, then `load` and `use`."""
+        self._stretches = []
+        self._stretches = self.load(extents)
 
 
 class GroupReader:
@@ -278,15 +299,19 @@ class GroupReader:
         extent = self._file.entries.get(name)
         return extent.stop - extent.start if extent is not None else 0
 
-    def fetch(self, names: Collection[str]) -> None:
-        """Fetch the tensors that are read next, in one request where they are neighbours. Unknown names are ignored."""
+    def load(self, names: Collection[str]) -> Stretches:
+        """Read tensors ahead, neighbours in one request, for `use`. Unknown names are ignored."""
         extents = [self._file.entries[name] for name in names if name in self._file.entries]
-        self._read_at.fetch((extent.start, extent.stop) for extent in extents)
+        return self._read_at.load((extent.start, extent.stop) for extent in extents)
+
+    def use(self, stretches: Stretches) -> None:
+        """See `ReadAhead.use`."""
+        self._read_at.use(stretches)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the file holds, sorted."""
-        return tuple(sorted(self._file.entries))
+        """What the file holds, in the order of its bytes."""
+        return tuple(self._file.entries)
 
     def read(self, name: str) -> Array:
         """One tensor as it is stored, read-only (BF16 as uint16 bit patterns). Not hash-checked: see `check_tensor`.
@@ -296,6 +321,16 @@ class GroupReader:
         raw = self._file.read(name)
         extent = self._file.entries[name]
         return np.frombuffer(raw, dtype=STORED_AS[extent.dtype]).reshape(extent.shape)
+
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        """Raw bytes of one tensor from its byte `start` on: see `rankup.tensorfile.TensorFile.read_part`."""
+        return self._file.read_part(name, start, length)
+
+    def require(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        """Raise IntegrityError unless the file holds `name` with this dtype and shape."""
+        extent = self._file.entries.get(name)
+        if extent is None or (extent.dtype, extent.shape) != (dtype, shape):
+            raise IntegrityError(f"the stored file does not hold tensor {name} as {dtype} {list(shape)}")
 
 
 def read_tensor(store: Store, ref: BlobRef, name: str) -> Array:
@@ -311,9 +346,3 @@ def _disk_errors(path: Path) -> Iterator[None]:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(f"no room left for {path}") from exc
         raise
-
-
-def _raw(array: Array) -> memoryview:
-    """The array's little-endian bytes in row-major order, without a copy where it already lies so."""
-    flat = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1)
-    return flat.view(np.uint8).data

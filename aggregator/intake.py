@@ -13,25 +13,39 @@ The checks themselves are `aggregator.admission`; this module moves bytes.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from aggregator.admission import judge, refuse
 from rankup.errors import ConflictError, IntegrityError, NotFoundError
-from rankup.protocol import canonical_json
-from rankup.records import Receipt, RoundRecord, Submission
+from rankup.message import canonical_json
+from rankup.records import Check, Receipt, RoundRecord, Submission
 from rankup.store import Store, blob_key, put_blob_file
 from rankup.versions import receipt_key, upload_key
 
 MAX_RECEIPT_BYTES = 256 * 1024
 
 
-def admit(store: Store, record: RoundRecord, submission: Submission, *, max_delta_bytes: int, now: float) -> Receipt:
+Audit = Callable[[Path], Check]
+"""Trains the shard of a delta again and compares."""
+
+
+def admit(
+    store: Store,
+    record: RoundRecord,
+    submission: Submission,
+    *,
+    max_delta_bytes: int,
+    now: float,
+    audit: Audit | None = None,
+) -> Receipt:
     """Judge one submission and store the receipt under `receipt_key`; idempotent.
 
-    `now` is Unix seconds. Raises what the store raises, DiskFullError, and ConflictError when somebody else wrote
-    another receipt for the same bytes meanwhile; trying again then gives theirs.
+    `now` is Unix seconds; `audit` is the last check of a delta that passed all others. Raises what the store raises,
+    DiskFullError, and ConflictError when somebody else wrote another receipt for the same bytes
+    meanwhile; trying again then gives theirs.
     """
     statement = submission.statement
     upload = upload_key(statement.lease_id, statement.sha256)
@@ -49,6 +63,8 @@ def admit(store: Store, record: RoundRecord, submission: Submission, *, max_delt
             receipt = refuse(submission, refusal, now)
         else:
             receipt = judge(path, record, submission, max_delta_bytes=max_delta_bytes, seen=lambda _: taken, now=now)
+            if receipt.accepted and audit is not None:
+                receipt = _with(receipt, audit(path))
         if receipt.accepted:
             put_blob_file(store, path)
     if before is None:
@@ -63,6 +79,14 @@ def admit(store: Store, record: RoundRecord, submission: Submission, *, max_delt
         store.swap(key, canonical_json(receipt), etag=etag)
     store.delete(upload)
     return receipt
+
+
+def _with(receipt: Receipt, check: Check) -> Receipt:
+    """The receipt with one more check, which may turn it into a refusal."""
+    checks = (*receipt.checks, check)
+    if not check.passed:
+        return refuse(receipt.submission, check.detail, receipt.judged_at, checks)
+    return receipt.model_copy(update={"checks": checks})
 
 
 def _download(store: Store, upload: str, path: Path, submission: Submission, max_delta_bytes: int) -> str:

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 
 import yaml
 
-from aggregator.groups import STORED_AS
+from rankup.dtypes import STORED_AS
 from rankup.errors import ConflictError, NotFoundError
-from rankup.protocol import Pointer, canonical_json
+from rankup.message import canonical_json
+from rankup.protocol import Pointer
 from rankup.records import FileEntry, Manifest
 from rankup.signing import Ed25519PrivateKey, public_key_hex
 from rankup.store import Store, put_blob

@@ -34,7 +34,7 @@ import pyarrow as pa
 from coordinator.rowfiles import Origin, Rows
 from coordinator.rows import RowError, clean_row, digest, encode_row, features, parse_row
 from rankup.errors import ConflictError, InputError, SetupError, StateError, TooLargeError
-from rankup.protocol import canonical_json
+from rankup.message import canonical_json
 from rankup.records import BlobRef, DatasetCard, PipelineStep
 from rankup.store import Store, put_blob
 from rankup.versions import dataset_key, heldout_key

@@ -2,7 +2,7 @@
 
 What always holds:
 - the seed follows from round and lease alone, so an audit repeats the training with the same numbers;
-- `delta_bound_bytes` is never below the size of an honest delta file of these targets and this rank;
+- `delta_bound_bytes` is never below the size of an honest delta file of these targets;
 - a submission passes only if it names this very lease, round, base and no more work than the recipe has in it.
 
 No I/O here.
@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from coordinator.leases import TAKES_SUBMISSIONS, Lease
 from rankup.delta import HEADER_MAX_BYTES
 from rankup.errors import DeniedError, InputError, IntegrityError, StateError, TooLargeError
-from rankup.protocol import BlobLink, LeaseGrant, LeaseState, RoundState, SubmitRequest, Target
+from rankup.protocol import BlobLink, LeaseGrant, LeaseState, RoundState, SubmitRequest
 from rankup.records import BlobRef, RoundRecord
 from rankup.signing import verify
+from rankup.targets import Target
 
 MANTISSA_BYTES = 2
 SCALE_ROWS = 4
@@ -31,15 +32,15 @@ def seed_of(round_id: str, lease_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{round_id}|{lease_id}".encode()).digest()[:8]) >> 1
 
 
-def delta_bound_bytes(targets: Mapping[str, Target], rank: int) -> int:
+def delta_bound_bytes(targets: Mapping[str, Target]) -> int:
     """Largest delta file: int16 factors B (d_out, r) and A (r, d_in), int16 scales (4, r), and the largest header."""
-    numbers = sum(rank * (target.d_out + target.d_in + SCALE_ROWS) for target in targets.values())
+    numbers = sum(t.slices * t.rank * (t.d_out + t.d_in + SCALE_ROWS) for t in targets.values())
     return numbers * MANTISSA_BYTES + LENGTH_PREFIX_BYTES + HEADER_MAX_BYTES
 
 
 def max_upload_bytes(record: RoundRecord, cap_bytes: int) -> int:
     """What a delta of this round may weigh on a server that takes at most `cap_bytes`."""
-    return min(delta_bound_bytes(record.targets, record.request.recipe.rank), cap_bytes)
+    return min(delta_bound_bytes(record.targets), cap_bytes)
 
 
 def shard_of(record: RoundRecord, lease: Lease) -> BlobRef:

@@ -43,7 +43,8 @@ from coordinator.rounds import (
     owed,
 )
 from rankup.errors import ConflictError, NotFoundError, RankupError, RetryableError, StateError
-from rankup.protocol import Pointer, canonical_json
+from rankup.message import canonical_json
+from rankup.protocol import Pointer
 from rankup.records import Evaluation, Manifest, Receipt, RoundRecord, Submission
 from rankup.settings import CoordinatorSettings, LedgerSettings, StoreSettings
 from rankup.signing import load_private_key, public_key_hex
@@ -60,8 +61,8 @@ log = structlog.get_logger(__name__)
 class Aggregator(Protocol):
     """What the keeper needs done with contributions; each method may be repeated after a crash and gives the same."""
 
-    async def admit(self, record: RoundRecord, submission: Submission, now: float) -> Receipt:
-        """Judge a delta and write the receipt to object storage."""
+    async def admit(self, record: RoundRecord, submission: Submission, now: float, valid_in_a_row: int) -> Receipt:
+        """Judge a delta and write the receipt to object storage; `valid_in_a_row` is the worker's record so far."""
 
     async def fold(self, record: RoundRecord, receipts: Sequence[Receipt], now: float) -> Manifest:
         """Add the accepted contributions to the base; the manifest has no evaluation yet."""
@@ -192,7 +193,8 @@ class Keeper:
 
         async def judge(submission: Submission) -> None:
             async with gate:
-                receipt = await self._aggregator.admit(record, submission, self._clock())
+                trusted = await self._ledger.valid_in_a_row(submission.worker_id)
+                receipt = await self._aggregator.admit(record, submission, self._clock(), trusted)
                 lease = await self._ledger.judge(submission.statement.lease_id, receipt, self._clock())
             log.info(
                 "contribution_judged",

@@ -47,7 +47,8 @@ from rankup.errors import (
     SetupError,
     UnreachableError,
 )
-from rankup.protocol import ContributorRow, Heartbeat, LeaseState, RoundState, canonical_json
+from rankup.message import canonical_json
+from rankup.protocol import ContributorRow, Heartbeat, LeaseState, RoundState
 from rankup.records import Receipt, RoundRecord, Submission
 from rankup.settings import LedgerSettings
 
@@ -198,6 +199,11 @@ class Ledger:
         ids = await self._call("ZREVRANGE", keys.worker_key(worker_id, "contributions"), 0, limit - 1)
         rows = await self._read(*(["HGETALL", keys.lease_key(lease_id)] for lease_id in ids))
         return [keys.parse_lease(fields) for fields in rows if fields]
+
+    async def valid_in_a_row(self, worker_id: str) -> int:
+        """Accepted contributions of this worker since the last one that admission refused."""
+        found = await self._call("HGET", keys.worker_key(worker_id, "score"), "valid_in_a_row")
+        return int(found or 0)
 
     async def leaderboard(self, limit: int = 1000) -> list[ContributorRow]:
         """Workers with a verdict, by accepted tokens."""

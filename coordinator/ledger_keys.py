@@ -22,7 +22,7 @@ Layout, version 1 (`rk1:` in front of everything; R round, L lease, W worker, sh
     tokens                  hash    sha256 of a bearer token -> W
     worker:W                hash    doc (JSON Worker), token (its sha256)
     worker:W:contributions  zset    L with a delta by submission time
-    worker:W:score          hash    accepted, rejected, tokens
+    worker:W:score          hash    accepted, rejected, tokens, valid_in_a_row
     board                   zset    W by accepted tokens
     barrier                 string  written to have something to wait for when a repeated call needs an fsync
 
@@ -44,7 +44,8 @@ from pydantic import TypeAdapter
 from coordinator import leases, rounds
 from coordinator.leases import Lease
 from coordinator.rounds import Counts, RoundFacts
-from rankup.protocol import RoundState, canonical_json
+from rankup.message import canonical_json
+from rankup.protocol import RoundState
 from rankup.records import Receipt, Submission
 
 PREFIX: Final = "rk1:"
@@ -174,11 +175,15 @@ def lease_writes(
                 writes.append(["HSET", f"{key}:receipts", shard, canonical_json(receipt).decode()])
                 writes.append(["ZREM", f"{key}:free", shard])
                 writes.append(["HINCRBY", score, "accepted", "1"])
+                writes.append(["HINCRBY", score, "valid_in_a_row", "1"])
                 writes.append(["HINCRBY", score, "tokens", tokens])
                 writes.append(["ZINCRBY", BOARD, tokens, worker_id])
             case leases.RecordRejected():
                 writes.append(["HINCRBY", key, "rejected", "1"])
                 writes.append(["HINCRBY", score, "rejected", "1"])
+                if receipt is not None and not receipt.accepted:
+                    # A delta that came too late for its shard says nothing bad about its worker.
+                    writes.append(["HSET", score, "valid_in_a_row", "0"])
                 writes.append(["ZINCRBY", BOARD, "0", worker_id])
             case _:
                 raise ValueError(f"{command} needs its submission or receipt")

@@ -11,21 +11,21 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 import rankup
+from rankup.message import Message
 from rankup.problems import MEDIA_TYPE
 from rankup.protocol import (
     DeviceProfile,
     EnrolRequest,
     EnrolStatement,
     Heartbeat,
-    Message,
     Problem,
-    Recipe,
     ReturnRequest,
     RoundRequest,
     SubmitRequest,
     SubmitStatement,
     UploadRequest,
 )
+from rankup.recipe import Recipe
 
 _MEANING = {
     400: "The request is wrong in itself.",

@@ -24,9 +24,11 @@ from coordinator.catalogue import read_card, read_manifest, read_pointer
 from coordinator.grants import delta_bound_bytes
 from coordinator.ledger import Ledger
 from rankup.errors import ConflictError, InputError, IntegrityError, NotFoundError
-from rankup.protocol import MAX_TARGETS, Recipe, RoundRequest, Target, canonical_json
+from rankup.message import canonical_json
+from rankup.protocol import Pointer, RoundRequest
 from rankup.records import BlobRef, DatasetCard, Manifest, RoundRecord
 from rankup.store import Store
+from rankup.targets import select_targets
 from rankup.versions import round_key
 
 MAX_RECORD_BYTES = 256 * 1024**2
@@ -66,13 +68,15 @@ async def open_round(
     pointer = await asyncio.to_thread(read_pointer, store, request.model)
     manifest = await asyncio.to_thread(read_manifest, store, pointer, publisher_key=publisher_key)
     card = await asyncio.to_thread(read_card, store, request.dataset)
-    targets = select_targets(manifest, request.recipe)
-    size = delta_bound_bytes(targets, request.recipe.rank)
+    targets = select_targets(manifest.targets(), request.recipe)
+    size = delta_bound_bytes(targets)
     if max_delta_bytes is not None and size > max_delta_bytes:
         raise InputError(
             f"A delta of rank {request.recipe.rank} may have {size} bytes; this server takes {max_delta_bytes}.",
             remedy="Choose a lower rank or fewer target_modules, or raise RANKUP_COORDINATOR_MAX_DELTA_BYTES.",
         )
+
+    older = await asyncio.to_thread(_older_bases, store, pointer, manifest, request, publisher_key)
 
     def record_named(round_id: str) -> RoundRecord:
         return RoundRecord(
@@ -83,6 +87,7 @@ async def open_round(
             base_manifest=pointer.manifest,
             shards=pick_shards(card, count=request.shards, index=index),
             targets=targets,
+            older_bases=older,
             opened_at=now,
         )
 
@@ -123,43 +128,16 @@ def pick_shards(card: DatasetCard, *, count: int, index: int) -> tuple[BlobRef, 
     return tuple(card.shards[(start + place) % total] for place in range(count))
 
 
-def select_targets(manifest: Manifest, recipe: Recipe) -> dict[str, Target]:
-    """Weights that a delta of this recipe changes: name -> shape, sorted by name.
-
-    `target_modules` works as in peft: an entry selects every module whose dotted name is the entry or ends with
-    `.entry`.
-
-    Raises:
-        InputError: an entry selects nothing, or there are no targets, or too many.
-    """
-    targets = manifest.targets()
-    if recipe.target_modules != "all-linear":
-        unused = set(recipe.target_modules)
-        chosen: dict[str, Target] = {}
-        for name, target in targets.items():
-            module = name.removesuffix(".weight")
-            hits = {entry for entry in recipe.target_modules if module == entry or module.endswith(f".{entry}")}
-            if hits:
-                chosen[name] = target
-                unused -= hits
-        if unused:
-            known = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in targets})
-            raise InputError(
-                f"No linear layer of {manifest.model} is called {sorted(unused)[0]}.",
-                remedy=f"Choose target_modules among: {', '.join(known[:20])}.",
-            )
-        targets = chosen
-    if not targets:
-        raise InputError(
-            f"Model {manifest.model} has no linear layer that a delta may change.",
-            remedy="Import a model with linear layers.",
-        )
-    if len(targets) > MAX_TARGETS:
-        raise InputError(
-            f"The recipe selects {len(targets)} weights; {MAX_TARGETS} is the most.",
-            remedy="Name fewer layers in target_modules.",
-        )
-    return targets
+def _older_bases(
+    store: Store, pointer: Pointer, manifest: Manifest, request: RoundRequest, publisher_key: str | None
+) -> tuple[str, ...]:
+    """Digests of the versions before the base that the recipe still welcomes deltas of, newest first."""
+    older: list[str] = []
+    while manifest.parent is not None and len(older) < request.recipe.aggregation.max_staleness:
+        older.append(manifest.parent)
+        pointer = pointer.model_copy(update={"version": pointer.version - 1, "manifest": manifest.parent})
+        manifest = read_manifest(store, pointer, publisher_key=publisher_key)
+    return tuple(older)
 
 
 async def _write_first(

@@ -18,7 +18,8 @@ from coordinator.access import DeskOf
 from coordinator.blobs import FOR_GOOD, blob_answer
 from coordinator.openapi import refusals
 from rankup.errors import NotFoundError, UnreachableError
-from rankup.protocol import PROTOCOL_VERSION, Answer, Digest, Identifier, Pointer, ServerInfo, VersionView
+from rankup.message import Answer, Digest, Identifier
+from rankup.protocol import PROTOCOL_VERSION, Pointer, ServerInfo, VersionView
 from rankup.records import DatasetCard
 from rankup.store import blob_key
 

@@ -25,7 +25,8 @@ import rankup
 from coordinator import board
 from coordinator.access import Desk, DeskOf
 from rankup.errors import NotFoundError, RankupError
-from rankup.protocol import Answer, ContributorRow, RoundView
+from rankup.message import Answer
+from rankup.protocol import ContributorRow, RoundView
 
 WEB = Path(__file__).parent / "web"
 MODELS_SHOWN = 8

@@ -16,7 +16,8 @@ from coordinator.openapi import refusals
 from coordinator.opening import open_round
 from coordinator.rounds import Cancel, Close
 from rankup.errors import StateError
-from rankup.protocol import Answer, Identifier, RoundRequest, RoundView
+from rankup.message import Answer, Identifier
+from rankup.protocol import RoundRequest, RoundView
 
 RoundId = Annotated[Identifier, Path(description="From the list of rounds.")]
 ROUNDS_SHOWN = 100

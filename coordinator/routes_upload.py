@@ -22,7 +22,7 @@ from coordinator.problems import from_error, problem_response
 from coordinator.spool import too_long, too_short
 from coordinator.tickets import UPLOADS_PATH, Ticket
 from rankup.errors import InputError, NotFoundError, RankupError
-from rankup.protocol import Digest, Identifier
+from rankup.message import Digest, Identifier
 
 log = structlog.get_logger(__name__)
 router = APIRouter(prefix="/v1", tags=["worker"])

@@ -30,16 +30,15 @@ from coordinator.ledger import Ledger, NoWork, Worker
 from coordinator.openapi import refusals
 from coordinator.tickets import TICKET_TTL_S, Ticket
 from rankup.errors import DeniedError, InputError, IntegrityError, StateError
+from rankup.message import Answer, Identifier
 from rankup.protocol import (
     PROTOCOL_VERSION,
-    Answer,
     ClaimAnswer,
     ContributorRow,
     Enrolled,
     EnrolRequest,
     Heartbeat,
     HeartbeatAnswer,
-    Identifier,
     LeaseState,
     LeaseView,
     ReturnRequest,

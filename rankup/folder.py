@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 
 from rankup.durable import write_file
 from rankup.errors import DiskFullError, SetupError, StateError
-from rankup.protocol import Digest, Identifier, Message, PublicKey, canonical_json
+from rankup.message import Digest, Identifier, Message, PublicKey, canonical_json
 from rankup.records import FileEntry, Manifest
 
 STATE_NAME = ".rankup.json"

@@ -11,82 +11,27 @@ Nothing here does I/O.
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
+
+from rankup.message import (
+    Answer,
+    Digest,
+    DisplayName,
+    Finite,
+    Identifier,
+    Message,
+    PublicKey,
+    Signature,
+    canonical_json,
+)
+from rankup.recipe import Recipe
+from rankup.targets import Target
 
 PROTOCOL_VERSION = 1
-
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-"""Lower-case hex sha256."""
-Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-"""Names of models, rounds, datasets, leases and workers: safe in a URL, a file name and a key."""
-DisplayName = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]*$")
-]
-TensorName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,256}$")]
-PublicKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-"""Raw Ed25519 public key, 32 bytes, hex."""
-Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
-"""Ed25519 signature, 64 bytes, hex."""
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    return value
-
-
-Finite = Annotated[float, AfterValidator(_finite)]
 MAX_TOKENS = 2**40
-MAX_RANK = 1024
-MAX_TARGETS = 8192
-
-
-class Message(BaseModel):
-    """Something a client sends, or that is stored and signed: frozen, unknown fields are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Answer(BaseModel):
-    """Something the server sends: frozen, unknown fields are ignored by older clients."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-# -- the recipe and the round ------------------------------------------------------------------------------------------
-
-
-class Recipe(Message):
-    """How a shard is trained. A round states it in full and the manifest repeats it.
-
-    The delta of a layer is `scaling * B @ A` with `scaling = alpha / rank` (or `alpha / sqrt(rank)` with `rslora`,
-    arXiv:2312.03732); the worker folds the scaling into B, so nobody downstream needs to know it.
-    """
-
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
-    alpha: Annotated[Finite, Field(gt=0, le=65536)] = 16.0
-    rslora: bool = False
-    learning_rate: Annotated[Finite, Field(gt=0, le=1)] = 5e-4
-    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 25
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
-    max_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 128
-    """Longest example, in tokens; longer ones are cut."""
-    warmup_steps: Annotated[int, Field(ge=0, le=100_000)] = 3
-    lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
-    weight_decay: Annotated[Finite, Field(ge=0, le=10)] = 0.0
-    max_grad_norm: Annotated[Finite, Field(gt=0, le=1e6)] = 1.0
-    target_modules: Literal["all-linear"] | Annotated[tuple[TensorName, ...], Field(min_length=1, max_length=256)] = (
-        "all-linear"
-    )
-    """Every linear layer but the output head, or the last parts of the module names, as in peft."""
-    rule: Literal["mean_by_tokens"] = "mean_by_tokens"
-    """How accepted contributions are weighted; the weights sum to one before clipping."""
-    clip_norm_ratio: Annotated[Finite, Field(ge=1, le=1e6)] = 1.5
-    """A contribution whose Frobenius norm exceeds this multiple of the cohort's median is scaled down to it."""
 
 
 class RoundRequest(Message):
@@ -140,13 +85,6 @@ class LeaseState(StrEnum):
     REJECTED = "rejected"
     EXPIRED = "expired"
     RETURNED = "returned"
-
-
-class Target(Message):
-    """A weight that a delta may change. `d_out` and `d_in` are its shape as stored: W is (d_out, d_in)."""
-
-    d_out: Annotated[int, Field(ge=1, le=2**24)]
-    d_in: Annotated[int, Field(ge=1, le=2**24)]
 
 
 class RoundView(Answer):
@@ -394,14 +332,6 @@ class Problem(Answer):
         if "/" not in value:
             raise ValueError("must be a URI reference")
         return value
-
-
-def canonical_json(message: BaseModel) -> bytes:
-    """The one byte string for a message: UTF-8 JSON, fields sorted, no spaces, no NaN. Equal messages, equal bytes."""
-    import json
-
-    data = message.model_dump(mode="json")
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def payload_type(kind: str) -> str:

@@ -10,20 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from rankup.protocol import (
-    Digest,
-    DisplayName,
-    Finite,
-    Identifier,
-    Message,
-    PublicKey,
-    Recipe,
-    RoundRequest,
-    Signature,
-    SubmitStatement,
-    Target,
-    TensorName,
-)
+from rankup.message import Digest, DisplayName, Finite, Identifier, Message, PublicKey, Signature, TensorName
+from rankup.protocol import RoundRequest, SubmitStatement
+from rankup.recipe import Recipe, Rule
+from rankup.targets import Role, Target, target_of
 
 RelativePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$")]
 """A file name inside a version's folder: no separators, no leading dot."""
@@ -85,7 +75,14 @@ class RoundRecord(Message):
     shards: tuple[BlobRef, ...]
     """Shard number within the round -> its bytes."""
     targets: dict[TensorName, Target]
+    older_bases: Annotated[tuple[Digest, ...], Field(max_length=64)] = ()
+    """Manifests before the base, newest first, that a delta may have been trained on too."""
     opened_at: Finite
+
+    def staleness(self, base_manifest: str) -> int | None:
+        """How many versions older than the round's base `base_manifest` is; None where it is no base of this round."""
+        bases = (self.base_manifest, *self.older_bases)
+        return bases.index(base_manifest) if base_manifest in bases else None
 
 
 class Submission(Message):
@@ -121,6 +118,29 @@ class Receipt(Message):
     judged_at: Finite
 
 
+class Member(Message):
+    """What was found about one accepted contribution beside the others, and the weight that it got."""
+
+    contribution: Digest
+    checks: tuple[Check, ...] = ()
+    coefficient: Annotated[int, Field(ge=0, le=2**31)]
+    """Over 2**denominator_log2; 0 where a check failed or the rule left the contribution out."""
+
+
+class Cohort(Message):
+    """A round's accepted contributions, judged together; written once, before they are folded."""
+
+    format: Literal["rankup.cohort/1"] = "rankup.cohort/1"
+    round_id: Identifier
+    rule: Rule
+    denominator_log2: Annotated[int, Field(ge=0, le=30)]
+    base_loss: Finite | None = None
+    """Held-out loss of the base on the rows that contributions were measured on, in nats per scored token."""
+    members: Annotated[tuple[Member, ...], Field(min_length=1)]
+    """Sorted by contribution."""
+    decided_at: Finite
+
+
 # -- versions ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,8 +153,10 @@ class TensorEntry(Message):
     """Hash of the float32 master (of the tensor as it is, where it is not floating point)."""
     export: Digest
     """Hash of what `from_pretrained` reads: bfloat16, round to nearest even, of the master."""
-    lora: bool = False
-    """A linear layer that a delta may change."""
+    role: Role | None = None
+    """What the weight is to a recipe; None where no delta may change it."""
+    momentum: Digest | None = None
+    """Hash of the float32 momentum of the outer step, where there is one."""
 
 
 class Group(Message):
@@ -143,6 +165,15 @@ class Group(Message):
     tensors: Annotated[tuple[TensorName, ...], Field(min_length=1)]
     master: FileEntry
     export: FileEntry
+    momentum: FileEntry | None = None
+    """State of the outer step, for the tensors that have one: nobody but the aggregator and verifiers needs it."""
+
+
+class FoldedGroup(Message):
+    """One group of the next version with its tensors: what a fold remembers of the work that it has finished."""
+
+    group: Group
+    tensors: dict[TensorName, TensorEntry]
 
 
 class Term(Message):
@@ -155,7 +186,9 @@ class Term(Message):
     shard: Annotated[int, Field(ge=0)]
     tokens: Annotated[int, Field(ge=1)]
     coefficient: Annotated[int, Field(ge=0, le=2**31)]
-    """Integer weight over `2**denominator_log2` of the manifest."""
+    """Integer weight over `2**denominator_log2` of the manifest; 0 for a contribution that was left out."""
+    base_manifest: Digest | None = None
+    """The version that it was trained on, where that is not the parent."""
 
 
 class Evaluation(Message):
@@ -192,9 +225,9 @@ class Manifest(Message):
     def targets(self) -> dict[str, Target]:
         """Every weight that a delta may change, with its shape."""
         return {
-            name: Target(d_out=entry.shape[0], d_in=entry.shape[1])
+            name: target_of(entry.role, entry.shape)
             for name, entry in sorted(self.tensors.items())
-            if entry.lora
+            if entry.role is not None
         }
 
     def export_files(self) -> tuple[FileEntry, ...]:

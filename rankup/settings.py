@@ -100,6 +100,12 @@ class CoordinatorSettings(RoomSettings):
     fold_group_bytes: int = 128 * 1024**2
     """Tensors are folded and stored in groups of about this size (float32)."""
     heldout_examples: int = Field(default=64, ge=1)
+    """Held-out rows that the release gate scores."""
+    screening_examples: int = Field(default=32, ge=1)
+    """Held-out rows that each contribution of a cohort is scored on; every round draws others."""
+    audits: bool = False
+    """Train some shards again on the cluster, before their deltas are accepted: of a new volunteer every one, of a
+    proven one ever fewer. An audit costs as much computing as the work that it checks."""
 
 
 class WorkerSettings(RoomSettings):

@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel
 
 from rankup.errors import InputError, IntegrityError, SetupError, StateError
-from rankup.protocol import canonical_json, pre_authentication_encoding
+from rankup.message import canonical_json
+from rankup.protocol import pre_authentication_encoding
 
 MAX_KEY_FILE_BYTES = 16 * 1024
 

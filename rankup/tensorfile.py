@@ -45,6 +45,8 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 Content = bytes | bytearray | memoryview
 
+_COPY_BYTES = 1024 * 1024
+
 
 @dataclass(frozen=True)
 class TensorExtent:
@@ -104,15 +106,27 @@ class TensorFile:
         return iter(self.entries)
 
     def read(self, name: str) -> bytes:
-        """Raw bytes of one tensor.
+        """Raw bytes of one tensor. Raises NotFoundError: the file has no such tensor."""
+        extent = self._extent(name)
+        return self._read(extent.start, extent.stop - extent.start)
+
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        """`length` raw bytes of one tensor from its byte `start` on.
 
         Raises:
             NotFoundError: the file has no such tensor.
+            InputError: the tensor ends before.
         """
+        extent = self._extent(name)
+        if start < 0 or length < 0 or extent.start + start + length > extent.stop:
+            raise InputError(f"tensor {name!r} has no {length} bytes at {start}")
+        return self._read(extent.start + start, length)
+
+    def _extent(self, name: str) -> TensorExtent:
         extent = self.entries.get(name)
         if extent is None:
             raise NotFoundError(f"the file has no tensor {name!r}", remedy="Check the manifest of this version.")
-        return self._read(extent.start, extent.stop - extent.start)
+        return extent
 
     def _read(self, start: int, length: int) -> bytes:
         data = self._read_at(start, length)
@@ -172,6 +186,94 @@ def _naturals(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**60 for item in value)
 
 
+class TensorFileWriter:
+    """Writes a safetensors file piece by piece, straight to its final place: shapes are known before values are.
+
+    `file` is empty, writable and, where tensors are not written in the order of the file (`order`), also seekable and
+    readable: then what could not be hashed on the way is read back at the end.
+
+    Raises:
+        InputError: an unknown dtype or too long a header.
+    """
+
+    def __init__(
+        self,
+        file: IO[bytes],
+        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """tensors: name -> (dtype, shape)."""
+        self._file = file
+        self.order = tuple(sorted(tensors, key=lambda name: (-DTYPE_BYTES.get(tensors[name][0], 0), name)))
+        """Names in the order of their bytes."""
+        header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+        lengths: dict[str, int] = {}
+        position = 0
+        for name in self.order:
+            dtype, shape = tensors[name]
+            if dtype not in DTYPE_BYTES:
+                raise InputError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+            lengths[name] = math.prod(shape) * DTYPE_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + lengths[name]]}
+            position += lengths[name]
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        if len(text) > MAX_HEADER_BYTES:
+            raise InputError(f"a header of {len(text)} bytes is above the limit of {MAX_HEADER_BYTES}")
+        self.size_bytes = 8 + len(text) + position
+        self._ends: dict[str, int] = {}
+        end = 8 + len(text)
+        for name in self.order:
+            end += lengths[name]
+            self._ends[name] = end
+        self._next = {name: self._ends[name] - lengths[name] for name in self.order}
+        """Where the next piece of each tensor goes."""
+        self._digest = hashlib.sha256()
+        self._hashed = 0
+        self._position = 0
+        self._write(0, len(text).to_bytes(8, "little"))
+        self._write(8, text)
+
+    def append(self, name: str, content: Content) -> None:
+        """The next raw little-endian bytes of one tensor.
+
+        Raises:
+            InputError: the file has no such tensor, or it has fewer bytes.
+        """
+        if name not in self._ends:
+            raise InputError(f"the file has no tensor {name!r}")
+        flat = memoryview(content)
+        if self._next[name] + flat.nbytes > self._ends[name]:
+            raise InputError(f"tensor {name!r} is given more bytes than its shape has")
+        self._write(self._next[name], flat)
+        self._next[name] += flat.nbytes
+
+    def finish(self) -> BlobRef:
+        """Hash and size of the complete file; it is not closed.
+
+        Raises:
+            InputError: a tensor is not complete.
+        """
+        if missing := [name for name in self.order if self._next[name] != self._ends[name]]:
+            raise InputError(f"tensor {missing[0]!r} lacks {self._ends[missing[0]] - self._next[missing[0]]} bytes")
+        if self._hashed != self.size_bytes:
+            self._file.seek(self._hashed)
+            while piece := self._file.read(_COPY_BYTES):
+                self._digest.update(piece)
+            self._file.seek(self.size_bytes)
+        return BlobRef(sha256=self._digest.hexdigest(), size_bytes=self.size_bytes)
+
+    def _write(self, start: int, content: Content) -> None:
+        flat = memoryview(content)
+        if start != self._position:
+            self._file.seek(start)
+        self._file.write(flat)
+        self._position = start + flat.nbytes
+        if start == self._hashed:
+            self._digest.update(flat)
+            self._hashed += flat.nbytes
+
+
 def write_tensor_file(
     target: Path | IO[bytes],
     tensors: Mapping[str, tuple[str, tuple[int, ...], Content]],
@@ -182,36 +284,10 @@ def write_tensor_file(
     Raises:
         InputError: an unknown dtype, or bytes that do not fit the shape.
     """
-    order = sorted(tensors, key=lambda name: (-DTYPE_BYTES.get(tensors[name][0], 0), name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    position = 0
-    for name in order:
-        dtype, shape, content = tensors[name]
-        length = memoryview(content).nbytes
-        if dtype not in DTYPE_BYTES or length != math.prod(shape) * DTYPE_BYTES[dtype]:
-            raise InputError(f"tensor {name!r}: {length} bytes are not {dtype} {tuple(shape)}")
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + length]}
-        position += length
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise InputError(f"a header of {len(text)} bytes is above the limit of {MAX_HEADER_BYTES}")
     if isinstance(target, Path):
         with target.open("wb") as file:
-            return _write(file, text, (tensors[name][2] for name in order))
-    return _write(target, text, (tensors[name][2] for name in order))
-
-
-def _write(file: IO[bytes], header: bytes, contents: Iterator[Content]) -> BlobRef:
-    digest = hashlib.sha256()
-    size_bytes = 0
-    for part in (len(header).to_bytes(8, "little"), header):
-        file.write(part)
-        digest.update(part)
-        size_bytes += len(part)
-    for content in contents:
-        flat = memoryview(content)
-        file.write(flat)
-        digest.update(flat)
-        size_bytes += flat.nbytes
-    return BlobRef(sha256=digest.hexdigest(), size_bytes=size_bytes)
+            return write_tensor_file(file, tensors, metadata)
+    writer = TensorFileWriter(target, {name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()}, metadata)
+    for name in writer.order:
+        writer.append(name, tensors[name][2])
+    return writer.finish()

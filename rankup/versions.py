@@ -39,9 +39,11 @@ from dataclasses import dataclass, field, replace
 from pydantic import TypeAdapter, ValidationError
 
 from rankup.errors import InputError, IntegrityError, TooLargeError
-from rankup.protocol import Digest, Identifier, Message, Pointer, canonical_json, payload_type
+from rankup.message import Digest, Identifier, Message, canonical_json
+from rankup.protocol import Pointer, payload_type
 from rankup.records import BlobRef, FileEntry, Manifest
 from rankup.signing import Ed25519PrivateKey, public_key_hex, sign_bytes, verify_bytes
+from rankup.targets import fits_role
 
 MANIFEST_KIND = "manifest"
 MAX_ENVELOPE_BYTES = 64 * 1024 * 1024
@@ -80,6 +82,16 @@ def round_key(round_id: str) -> str:
 def draft_key(round_id: str) -> str:
     """The folded manifest of a round that waits for its evaluation."""
     return f"rounds/{_name(round_id)}/folded.json"
+
+
+def cohort_key(round_id: str) -> str:
+    """What was decided about a round's contributions together."""
+    return f"rounds/{_name(round_id)}/cohort.json"
+
+
+def fold_key(round_id: str, fold: str, number: int) -> str:
+    """One finished group of the fold with the digest `fold` of its inputs; `number` counts from 1."""
+    return f"rounds/{_name(round_id)}/fold/{_hex(fold)}/{number:05d}.json"
 
 
 def receipt_prefix(round_id: str) -> str:
@@ -254,12 +266,14 @@ def require_consistent(manifest: Manifest) -> None:
     for name, entry in manifest.tensors.items():
         if any(length < 0 for length in entry.shape):
             raise IntegrityError(f"tensor {name!r} has the shape {entry.shape}")
-        if entry.lora and (len(entry.shape) != 2 or 0 in entry.shape or max(entry.shape) > 2**24):
-            raise IntegrityError(f"tensor {name!r} of shape {entry.shape} cannot take a low-rank delta")
+        if entry.role is not None and not fits_role(entry.role, entry.shape):
+            raise IntegrityError(f"tensor {name!r} of shape {entry.shape} cannot be what it is called: {entry.role}")
     masters = tuple(group.master for group in manifest.groups)
-    _require_unique_paths(manifest.export_files())
-    _require_unique_paths(masters)
-    _require_one_size((*manifest.export_files(), *masters))
+    momenta = tuple(group.momentum for group in manifest.groups if group.momentum is not None)
+    for files in (manifest.export_files(), masters, momenta):
+        _require_unique_paths(files)
+    _require_one_size((*manifest.export_files(), *masters, *momenta))
+    _require_consistent_momentum(manifest)
     contributions = [term.contribution for term in manifest.terms]
     if any(first >= second for first, second in itertools.pairwise(contributions)):
         raise IntegrityError("the terms are not sorted by contribution, or one stands there twice")
@@ -267,6 +281,18 @@ def require_consistent(manifest: Manifest) -> None:
         raise IntegrityError(f"version {manifest.version} with parent {manifest.parent}: only version 0 has none")
     if manifest.version == 0 and manifest.terms:
         raise IntegrityError("version 0 has terms, but nothing that they could be added to")
+
+
+def _require_consistent_momentum(manifest: Manifest) -> None:
+    """A momentum is there only where the recipe's outer step keeps one, its file where a tensor of the group has it."""
+    for group in manifest.groups:
+        if any(manifest.tensors[name].momentum for name in group.tensors) != (group.momentum is not None):
+            raise IntegrityError(f"the group of {group.tensors[0]!r} has a momentum without its file, or the reverse")
+    stateful = sorted(name for name, entry in manifest.tensors.items() if entry.momentum is not None)
+    if stateful and (manifest.recipe is None or not manifest.recipe.aggregation.outer.keeps_state):
+        raise IntegrityError(f"tensor {stateful[0]!r} has a momentum, but the recipe keeps none")
+    if fixed := [name for name in stateful if manifest.tensors[name].role is None]:
+        raise IntegrityError(f"tensor {fixed[0]!r} has a momentum, but no delta may change it")
 
 
 def require_asked(manifest: Manifest, digest: str, *, model: str, version: int, pointed: str | None = None) -> None:
@@ -284,7 +310,7 @@ def require_asked(manifest: Manifest, digest: str, *, model: str, version: int, 
 
 
 def require_same_tensors(manifest: Manifest, parent: Manifest) -> None:
-    """A round changes values only: names, shapes, dtypes and the choice of LoRA layers are the parent's.
+    """A round changes values only: names, shapes, dtypes and roles are the parent's.
 
     Raises:
         IntegrityError: they are not.
@@ -293,7 +319,7 @@ def require_same_tensors(manifest: Manifest, parent: Manifest) -> None:
         raise IntegrityError(f"tensor {odd[0]!r} is in only one of version {manifest.version} and its parent")
     for name, entry in manifest.tensors.items():
         before = parent.tensors[name]
-        if (entry.shape, entry.export_dtype, entry.lora) != (before.shape, before.export_dtype, before.lora):
+        if (entry.shape, entry.export_dtype, entry.role) != (before.shape, before.export_dtype, before.role):
             raise IntegrityError(f"tensor {name!r} has another shape, dtype or role than in the parent")
 
 

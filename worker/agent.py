@@ -47,7 +47,8 @@ from rankup.errors import (
     StateError,
     UnauthenticatedError,
 )
-from rankup.protocol import DisplayName, EnrolRequest, EnrolStatement, LeaseGrant, ReturnRequest, SubmitStatement
+from rankup.message import DisplayName
+from rankup.protocol import EnrolRequest, EnrolStatement, LeaseGrant, ReturnRequest, SubmitStatement
 from rankup.settings import WorkerSettings
 from worker import cache, device, identity
 from worker.base import PullBase, pull_base

@@ -25,7 +25,8 @@ from pydantic import ValidationError
 from rankup import signing
 from rankup.durable import write_file
 from rankup.errors import IntegrityError, SetupError
-from rankup.protocol import Enrolled, Identifier, Message, PublicKey
+from rankup.message import Identifier, Message, PublicKey
+from rankup.protocol import Enrolled
 
 
 class Identity(Message):

@@ -13,7 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from rankup.protocol import Digest, Finite, Identifier, Message, Recipe, Target, TensorName
+from rankup.message import Digest, Finite, Identifier, Message, TensorName
+from rankup.recipe import Recipe
+from rankup.targets import Target
 
 
 class TrainerExit(IntEnum):

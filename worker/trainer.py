@@ -4,9 +4,8 @@ What always holds:
 - everything heavy (torch, transformers, peft, trl, datasets) is imported inside functions, so the agent can import this
   room without it, and the child's death gives all memory back;
 - the base folder is read with `local_files_only`, `trust_remote_code=False` and safetensors only; nothing is fetched;
-- A comes from the job's seed alone (numpy's Philox, one stream a weight), the same on every device and for every
-  version of torch; B starts at zero; the scaling is folded into B at the end, so the delta is B·A and nothing else;
-- the delta holds exactly the job's targets; tokens are those that the loss was taken over, counted batch by batch;
+- the delta holds exactly the job's targets (`worker.surgery` trains them and nothing else), with the scaling inside B,
+  so it is B·A and nothing else; tokens are those that the loss was taken over, counted batch by batch;
 - standard output carries only the lines of `worker.job`; what libraries print goes to stderr, which is the log;
 - the process ends when the pipe to its standard input is closed, so it never outlives its agent.
 
@@ -15,86 +14,24 @@ It knows no server, no lease protocol and no signature.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import ValidationError
 
 from rankup.delta import DeltaHeader, write_delta
 from rankup.errors import DeltaError, DiskFullError, InputError, RankupError, SetupError
-from rankup.fixedpoint import Factors, quantise
-from rankup.protocol import Recipe
 from worker.disk import is_disk_full
-from worker.job import Failed, Finished, Job, Line, Ready, StepDone, TrainerExit, format_line
+from worker.job import Failed, Finished, Job, Line, Ready, TrainerExit, format_line
+from worker.progress import NotFiniteError, Progress
 from worker.shard import read_rows
-
-_SPEED_WINDOW_STEPS = 8
-
-
-class NotFiniteError(RankupError):
-    """The loss or a factor became NaN or infinite: this shard cannot be trained with this recipe."""
-
-    code = "not-finite"
-    default_remedy = "Nothing to do here; if it happens to many, the organiser should lower the learning rate."
-
-
-@dataclass
-class Progress:
-    """What the training loop measures; one instance a run."""
-
-    emit: Callable[[Line], None]
-    steps: int
-    tokens: int = 0
-    losses: list[float] = field(default_factory=list)
-    _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_SPEED_WINDOW_STEPS + 1))
-
-    def begin(self) -> None:
-        """The first step starts now."""
-        self._recent.append((time.perf_counter(), 0))
-
-    def step_done(self, loss: float) -> None:
-        """Count and report one optimiser step. Raises `NotFiniteError`."""
-        if not math.isfinite(loss):
-            raise NotFiniteError(f"the loss is {loss} at step {len(self.losses) + 1}")
-        self.losses.append(loss)
-        self._recent.append((time.perf_counter(), self.tokens))
-        (start, before), (now, after) = self._recent[0], self._recent[-1]
-        speed = (after - before) / max(now - start, 1e-9)
-        self.emit(StepDone(step=len(self.losses), steps=self.steps, loss=loss, tokens=self.tokens, tokens_per_s=speed))
-
-    def ends(self) -> tuple[float, float]:
-        """Mean loss over the first and over the last steps: a fifth of all, at least one, at most five."""
-        few = max(1, min(5, len(self.losses) // 5))
-        return sum(self.losses[:few]) / few, sum(self.losses[-few:]) / few
-
-
-def initial_a(seed: int, name: str, rank: int, d_in: int) -> npt.NDArray[np.float32]:
-    """A of weight `name` before the first step: (rank, d_in) float32, uniform in ±1/sqrt(d_in).
-
-    That is Kaiming-uniform with a = sqrt(5), the LoRA default (arXiv:2106.09685, as in peft), drawn from Philox keyed
-    by sha256 of seed and name: no weight's values depend on another's or on any library's global state.
-    """
-    key = hashlib.sha256(f"rankup.lora_A/1:{seed}:{name}".encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
-    bound = 1.0 / math.sqrt(d_in)
-    return ((generator.random((rank, d_in)) * 2.0 - 1.0) * bound).astype(np.float32)
-
-
-def scaling_of(recipe: Recipe) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
-    return recipe.alpha / (math.sqrt(recipe.rank) if recipe.rslora else recipe.rank)
+from worker.surgery import Adapted, adapt
 
 
 def choose_device(device: str) -> None:
@@ -122,9 +59,9 @@ def train(job: Job, emit: Callable[[Line], None], *, started: float, scratch: Pa
     device = _device_name(torch, job.device)
     tokenizer = _load_tokenizer(transformers, job.base_folder, rows[0])
     base = _load_base(transformers, torch, job.base_folder, device)
-    model = _add_factors(torch, peft, base, job)
+    adapted = adapt(torch, transformers, peft, base, job)
     progress = Progress(emit, job.recipe.steps)
-    trainer = _make_trainer(model, tokenizer, rows, job, device, progress, scratch)
+    trainer = _make_trainer(adapted, tokenizer, rows, job, device, progress, scratch)
     emit(
         Ready(
             device=device,
@@ -139,7 +76,7 @@ def train(job: Job, emit: Callable[[Line], None], *, started: float, scratch: Pa
         raise InputError(f"{len(progress.losses)} of {job.recipe.steps} steps ran over {progress.tokens} tokens")
     header = DeltaHeader(model=job.model, round_id=job.round_id, lease_id=job.lease_id, base_manifest=job.base_manifest)
     try:
-        ref = write_delta(job.delta_file, header, _factors(model, job))
+        ref = write_delta(job.delta_file, header, adapted.factors(job.recipe.mantissa_bits))
     except DeltaError as exc:
         raise NotFiniteError(f"the trained factors cannot be written: {exc}") from exc
     first_loss, last_loss = progress.ends()
@@ -214,58 +151,8 @@ def _load_base(transformers: Any, torch: Any, folder: Path, device: str) -> Any:
         raise InputError(f"the base version cannot be loaded: {exc}") from exc
 
 
-def _add_factors(torch: Any, peft: Any, base: Any, job: Job) -> Any:
-    """The base with one LoRA pair per target: lora_A from the seed, lora_B zero, both float32 on the CPU."""
-    modules = {name: name.removesuffix(".weight") for name in job.targets}
-    for name, target in job.targets.items():
-        try:
-            module = base.get_submodule(modules[name])
-        except AttributeError as exc:
-            raise InputError(f"the base has no module for the weight {name}") from exc
-        if not isinstance(module, torch.nn.Linear) or not name.endswith(".weight"):
-            raise InputError(f"{name} is not the weight of a linear layer")
-        if tuple(module.weight.shape) != (target.d_out, target.d_in):
-            raise InputError(f"{name} is {tuple(module.weight.shape)}, the round says {(target.d_out, target.d_in)}")
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=job.recipe.rank,
-        lora_alpha=job.recipe.alpha,
-        use_rslora=job.recipe.rslora,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=sorted(modules.values()),
-    )
-    model = peft.get_peft_model(base, config)
-    pairs = _pairs(model)
-    if pairs.keys() != job.targets.keys():
-        raise InputError(f"peft adapts {sorted(pairs.keys() ^ job.targets.keys())[:3]} otherwise than the round says")
-    with torch.no_grad():
-        for name, layer in pairs.items():
-            rank_by_d_in = initial_a(job.seed, name, job.recipe.rank, job.targets[name].d_in)
-            layer.lora_A["default"].weight.copy_(torch.from_numpy(rank_by_d_in))
-            layer.lora_B["default"].weight.zero_()
-    return model
-
-
-def _pairs(model: Any) -> dict[str, Any]:
-    """Weight name -> its peft layer."""
-    inner = model.get_base_model()
-    return {f"{name}.weight": module for name, module in inner.named_modules() if hasattr(module, "lora_A")}
-
-
-def _factors(model: Any, job: Job) -> dict[str, Factors]:
-    """The trained pairs in fixed point, scaling folded into B: (d_out, r) and (r, d_in)."""
-    found = {}
-    scaling = scaling_of(job.recipe)
-    for name, layer in _pairs(model).items():
-        b = layer.lora_B["default"].weight.detach().float().cpu().numpy().astype(np.float64) * scaling
-        a = layer.lora_A["default"].weight.detach().float().cpu().numpy()
-        found[name] = quantise(b, a)
-    return found
-
-
 def _make_trainer(
-    model: Any,
+    adapted: Adapted,
     tokenizer: Any,
     rows: Sequence[Mapping[str, Any]],
     job: Job,
@@ -308,7 +195,7 @@ def _make_trainer(
         completion_only_loss="prompt" in rows[0],
         seed=job.seed % 2**32,
         data_seed=job.seed % 2**32,
-        bf16=next(model.get_base_model().parameters()).dtype == torch.bfloat16,
+        bf16=adapted.base.dtype == torch.bfloat16,
         gradient_checkpointing=device == "cuda",
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
@@ -322,7 +209,7 @@ def _make_trainer(
     )
     data = datasets.Dataset.from_list([dict(row) for row in rows])
     trainer = CountingTrainer(
-        model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]
+        model=adapted.model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if len(trainer.train_dataset) == 0:

@@ -112,7 +112,7 @@ def check_result(job: Job, result: Finished, *, max_bytes: int) -> None:
             raise DeltaError("the trainer's delta does not have the hash that it reported")
     header = DeltaHeader(model=job.model, round_id=job.round_id, lease_id=job.lease_id, base_manifest=job.base_manifest)
     with DeltaReader.open(result.path) as reader:
-        check_structure(reader, targets=job.targets, max_rank=job.recipe.rank, header=header)
+        check_structure(reader, targets=job.targets, header=header, mantissa_bits=job.recipe.mantissa_bits)
 
 
 def child_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from rankup import __version__
-from rankup.cli import data, demo, rounds, serve, versions, volunteer
+from rankup.cli import data, demo, merge, rounds, serve, versions, volunteer
 
 app = typer.Typer(
     name="rankup",
@@ -46,6 +46,7 @@ def _options(
 serve.register(app)
 demo.register(app)
 versions.register(app)
+merge.register(app)
 app.add_typer(volunteer.app, name="worker")
 app.add_typer(rounds.app, name="round")
 app.add_typer(data.models_app, name="model")
@@ -57,8 +58,11 @@ def main() -> None:
     from rankup.cli.output import exit_for
 
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except Exception as exc:  # noqa: BLE001 - the outermost frame: everything becomes a message and an exit code
         sys.exit(exit_for(exc))
     except KeyboardInterrupt:
         sys.exit(130)
+    # Without its standalone mode typer hands an exit code back instead of ending the process with it.
+    if isinstance(code, int):
+        sys.exit(code)

@@ -45,7 +45,7 @@ def demo(
     from rankup.cli.demo_run import run_demo
     from rankup.cli.interrupt import interruptible
     from rankup.cli.output import print_json
-    from rankup.protocol import Recipe
+    from rankup.recipe import Recipe
 
     recipe = Recipe.model_validate(PRESETS.get(model, PRESETS["smollm2"]))
     with tempfile.TemporaryDirectory(prefix="rankup-demo-", ignore_cleanup_errors=True) as scratch, interruptible():

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from rankup.checkfiles import Report
     from rankup.protocol import RoundView, VersionView
     from rankup.records import Manifest
-    from rankup.replay import Report
     from rankup.store import Store
 
 

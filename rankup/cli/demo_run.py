@@ -19,7 +19,8 @@ from rankup.cli.demo_report import DemoResult, VolunteerStats, rank_of_update
 from rankup.cli.http import call
 from rankup.cli.stack import ServerAccess, Stack
 from rankup.errors import SetupError
-from rankup.protocol import Recipe, RoundRequest, RoundView, VersionView
+from rankup.protocol import RoundRequest, RoundView, VersionView
+from rankup.recipe import Recipe
 from rankup.settings import CoordinatorSettings
 
 if TYPE_CHECKING:

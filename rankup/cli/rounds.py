@@ -31,6 +31,11 @@ def create(
     batch_size: int = typer.Option(None, help="Examples of one step."),
     max_tokens: int = typer.Option(None, help="Longest example, in tokens."),
     learning_rate: float = typer.Option(None, help="Peak learning rate of a volunteer."),
+    rule: str = typer.Option(
+        None, help="How contributions are weighed: mean_by_tokens, multi_krum, geometric_median or centred_clipping."
+    ),
+    momentum: float = typer.Option(None, help="Nesterov momentum of the outer step, such as 0.875; default: none."),
+    outer_lr: float = typer.Option(None, help="Learning rate of the outer step, such as 0.75; default: 1."),
     server: str = SERVER,
     as_json: bool = JSON,
 ) -> None:
@@ -39,6 +44,8 @@ def create(
     **Examples**
 
     - `rankup round create --model smollm2 --dataset pydocs --repeat 2 --shards 3 --steps 25`
+    - `rankup round create --model smollm2 --dataset pydocs --shards 20 --rule multi_krum`
+    - `rankup round create --model smollm2 --dataset pydocs --repeat 8 --momentum 0.875 --outer-lr 0.75`
     - `rankup round create --file round.yaml`
     """
     from rankup.cli.http import call, organiser_token, server_url
@@ -50,9 +57,11 @@ def create(
     top["deadline_s"] = deadline_s
     recipe: dict[str, Any] = {"rank": rank, "steps": steps, "batch_size": batch_size, "max_tokens": max_tokens}
     recipe["learning_rate"] = learning_rate
-    data |= {name: value for name, value in top.items() if value is not None}
-    chosen = {name: value for name, value in recipe.items() if value is not None}
-    data["recipe"] = (data.get("recipe") or {}) | chosen
+    data |= _given(top)
+    data["recipe"] = (data.get("recipe") or {}) | _given(recipe)
+    aggregation = (data["recipe"].get("aggregation") or {}) | _given({"rule": rule})
+    aggregation["outer"] = (aggregation.get("outer") or {}) | _given({"momentum": momentum, "learning_rate": outer_lr})
+    data["recipe"]["aggregation"] = aggregation
     request = RoundRequest.model_validate(data)
     answer = call(
         "POST", server_url(server), "/v1/rounds", token=organiser_token(), body=request.model_dump(mode="json")
@@ -65,6 +74,10 @@ def create(
     typer.echo(f"  base     {view.model} version {view.base_version}")
     typer.echo(f"  shards   {view.shards}, closes with {view.quorum} accepted contributions")
     typer.echo(f"  watch    rankup round watch {view.round_id}")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

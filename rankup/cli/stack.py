@@ -124,10 +124,12 @@ class Stack:
         from aggregator.pipeline import Pipeline
         from coordinator.keeper import start_keeper, stop_keeper
         from coordinator.serving import deploy_gateway
+        from rankup.cli.retrain import retrain
 
         deploy_gateway(store, ledger, self.settings)
         self._undo.append(stop_keeper)
-        start_keeper(store, ledger, self.settings, Pipeline(store, self.settings.publisher_key_file, self.settings))
+        pipeline = Pipeline(store, self.settings.publisher_key_file, self.settings, retrain)
+        start_keeper(store, ledger, self.settings, pipeline)
         self._say(f"gateway         {self.url}")
 
         self._undo.append(lambda: (self.home / SERVER_FILE).unlink(missing_ok=True))

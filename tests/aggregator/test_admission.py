@@ -14,7 +14,7 @@ from toy_world import MAX_DELTA_BYTES, NOW, RANK, World
 from aggregator.admission import CHECKS, MAX_NORM, judge
 from aggregator.lowrank import product_norm
 from rankup.fixedpoint import quantise
-from rankup.protocol import canonical_json
+from rankup.message import canonical_json
 from rankup.records import BlobRef, Receipt, Submission
 from rankup.signing import generate_private_key, parse_private_key, public_key_hex, worker_id_of
 

@@ -24,9 +24,11 @@ from rankup.errors import (
     UnreachableError,
 )
 from rankup.protocol import Pointer
+from rankup.recipe import Recipe
 from rankup.records import Manifest
 from rankup.signing import generate_private_key, parse_private_key
 from rankup.store import MemoryStore, blob_key
+from rankup.targets import select_targets
 from rankup.versions import MAX_POINTER_BYTES, manifest_digest, parse_pointer, pointer_key
 
 KEY = parse_private_key(generate_private_key())
@@ -120,8 +122,92 @@ def test_deltas_may_change_what_peft_calls_all_linear(base: Base) -> None:
         if ".lora_A." in name
     }
     targets = publish(MemoryStore(), base).targets()
-    assert set(targets) == adapted == set(linear_weights(base.folder))
-    assert (targets["model.layers.0.mlp.down_proj.weight"].d_out, len(targets)) == (64, 14)
+    linear = {name for name, target in targets.items() if target.role == "linear"}
+    assert linear == adapted == set(linear_weights(base.folder)) == set(select_targets(targets, Recipe()))
+    assert (targets["model.layers.0.mlp.down_proj.weight"].d_out, len(linear)) == (64, 14)
+
+
+def test_every_floating_tensor_of_a_plain_model_has_a_role(base: Base) -> None:
+    manifest = publish(MemoryStore(), base)
+    tied = "lm_head.weight" not in manifest.tensors
+    roles = [entry.role for entry in manifest.tensors.values()]
+    counts = {role: roles.count(role) for role in set(roles)}
+    assert counts == {"linear": 14, "vector": 5, "embedding": 1} | ({} if tied else {"head": 1})
+
+
+def test_tensors_that_most_recipes_train_lie_apart_from_the_others(base: Base) -> None:
+    manifest = publish(MemoryStore(), base)
+    for group in manifest.groups:
+        assert len({manifest.tensors[name].role == "linear" for name in group.tensors}) == 1
+
+
+def saved(model: Any, tokenizer_from: Base, folder: Path) -> Base:
+    model.save_pretrained(folder, save_original_format=False)
+    shutil.copy(tokenizer_from.folder / "tokenizer.json", folder)
+    return Base(folder, folder.name, "mit")
+
+
+def gpt2_model() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=2))
+
+
+def mixture_model() -> Any:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=24,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_experts=4,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "role"),
+    [
+        (gpt2_model, "transformer.h.0.mlp.c_fc.weight", "linear"),
+        (mixture_model, "model.layers.0.mlp.experts.gate_up_proj", "experts"),
+        (mixture_model, "model.layers.0.mlp.shared_expert.gate_proj.weight", "linear"),
+    ],
+)
+def test_layers_of_other_kinds_become_targets_and_from_pretrained_reads_what_was_published(
+    tiny: Base, tmp_path: Path, make: Any, name: str, role: str
+) -> None:
+    import torch
+
+    base = saved(make(), tiny, tmp_path / "model")
+    store = MemoryStore()
+    manifest = publish(store, base)
+    assert manifest.targets()[name].role == role
+    ours = load(folder_of(store, manifest, tmp_path / "published")).state_dict()
+    theirs = load(base.folder, dtype=torch.float32).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], tensor.to(torch.bfloat16)) for key, tensor in theirs.items())
+
+
+def test_experts_that_a_file_holds_one_by_one_are_published_as_they_are_without_a_role(
+    tiny: Base, tmp_path: Path
+) -> None:
+    import torch
+
+    model = mixture_model()
+    base = saved(model, tiny, tmp_path / "model")
+    model.save_pretrained(base.folder, save_original_format=True)
+    store = MemoryStore()
+    manifest = publish(store, base)
+    assert manifest.tensors["model.layers.0.mlp.experts.3.down_proj.weight"].role is None
+    assert "experts" not in {target.role for target in manifest.targets().values()}
+    ours = load(folder_of(store, manifest, tmp_path / "published")).state_dict()
+    assert all(torch.equal(ours[key], tensor.to(torch.bfloat16)) for key, tensor in model.state_dict().items())
 
 
 def test_the_pointer_names_version_zero_and_progress_ends_at_the_total(tiny: Base) -> None:
@@ -215,6 +301,14 @@ def break_shape(folder: Path) -> None:
     _rewrite(folder, "model.layers.0.mlp.down_proj.weight", np.zeros((3, 3), np.float32))
 
 
+def break_dtype(folder: Path) -> None:
+    _rewrite(folder, "model.layers.0.mlp.down_proj.weight", np.zeros((64, 512), np.int32))
+
+
+def break_norm(folder: Path) -> None:
+    _rewrite(folder, "model.norm.weight", np.zeros(63, np.float32))
+
+
 def break_tie(folder: Path) -> None:
     _rewrite(folder, "lm_head.weight", np.zeros((261, 64), np.float32))
 
@@ -248,6 +342,8 @@ def _rewrite(folder: Path, name: str, value: np.ndarray) -> None:
         (break_with_nan, "NaN"),
         (break_with_overflow, "above bfloat16"),
         (break_shape, "no weight model.layers.0.mlp.down_proj.weight"),
+        (break_dtype, "no weight model.layers.0.mlp.down_proj.weight"),
+        (break_norm, r"no weight model.norm.weight of shape \[64\]"),
         (break_tie, "ties lm_head.weight"),
         (break_config(quantization_config={"quant_method": "gptq"}), "quantised"),
         (break_config(model_type="from-the-future"), "no language model"),
@@ -264,16 +360,6 @@ def test_a_base_that_cannot_become_a_version_is_refused_before_anything_is_publi
     with pytest.raises(InputError, match=says):
         publish(store, tiny)
     assert not list(store.list("models/"))
-
-
-def test_a_model_without_linear_layers_is_refused_clearly(tiny: Base, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=2)).save_pretrained(folder)
-    shutil.copy(tiny.folder / "tokenizer.json", folder)
-    with pytest.raises(InputError, match=r"without a torch\.nn\.Linear"):
-        publish(MemoryStore(), Base(folder, "gpt2", "mit"))
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -378,7 +464,7 @@ def test_a_gguf_file_becomes_a_folder_with_the_same_weights(tmp_path: Path) -> N
     config = json.loads((base.folder / "config.json").read_bytes())
     assert "quantization_config" not in config
     manifest = publish(MemoryStore(), base)
-    assert len(manifest.targets()) == 7
+    assert len(select_targets(manifest.targets(), Recipe())) == 7
     embedding = load(base.folder).get_input_embeddings().weight
     assert np.array_equal(embedding.detach().numpy(), np.arange(261 * 32, dtype=np.float32).reshape(261, 32) / 8192)
 

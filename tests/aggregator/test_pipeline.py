@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from ray.exceptions import WorkerCrashedError
-from toy_world import NOW, World
+from toy_world import NOW
 
-from aggregator.admission import refuse
-from aggregator.pipeline import DENOMINATOR_LOG2, Pipeline, _result, weigh
+from aggregator.cohort import DENOMINATOR_LOG2, stored_cohort
+from aggregator.pipeline import Pipeline
+from aggregator.tasks import result_of
 from rankup.delta import DeltaHeader, write_delta
-from rankup.errors import IntegrityError, NotFoundError, StateError, UnreachableError
+from rankup.errors import NotFoundError, UnreachableError
 from rankup.fixedpoint import quantise
-from rankup.protocol import Recipe, RoundRequest, SubmitStatement, canonical_json
-from rankup.records import BlobRef, DatasetCard, Manifest, Receipt, RoundRecord, Submission
+from rankup.message import canonical_json
+from rankup.protocol import RoundRequest, SubmitStatement
+from rankup.recipe import Aggregation, OuterStep, Recipe
+from rankup.records import BlobRef, DatasetCard, Manifest, RoundRecord, Submission
 from rankup.settings import CoordinatorSettings, StoreSettings
 from rankup.signing import (
     generate_private_key,
@@ -32,41 +35,12 @@ from rankup.signing import (
     worker_id_of,
 )
 from rankup.store import S3Store
+from rankup.targets import select_targets
 from rankup.versions import dataset_key, heldout_key, manifest_digest, pointer_key, round_key, upload_key
 
 if TYPE_CHECKING:
     from coordinator.cluster import Cluster
     from rankup.local import LocalServices
-
-
-def receipt(world: World, shard: int, *, norm: float = 1.0, tokens: int = 100) -> Receipt:
-    ref = BlobRef(sha256=hashlib.sha256(bytes([shard])).hexdigest(), size_bytes=10)
-    submission = world.submission(shard, ref, tokens=tokens)
-    return Receipt(submission=submission, accepted=True, reason="accepted", checks=(), norm=norm, judged_at=NOW)
-
-
-def test_terms_are_sorted_and_weighted_by_tokens_whatever_the_order_of_receipts(world: World) -> None:
-    receipts = [receipt(world, 0, tokens=100), receipt(world, 1, tokens=300), receipt(world, 2, tokens=100, norm=150.0)]
-    terms = weigh(world.record, receipts)
-    assert terms == weigh(world.record, receipts[::-1]) == weigh(world.record, [*receipts, receipts[0]])
-    assert [term.contribution for term in terms] == sorted(term.contribution for term in terms)
-    by_shard = {term.shard: term.coefficient for term in terms}
-    assert by_shard[1] == round(0.6 * 2**DENOMINATOR_LOG2)
-    assert by_shard[2] == by_shard[0] // 100, "the norm is 100 times the limit of 1.5"
-
-
-def test_rejected_receipts_have_no_weight_and_a_round_needs_an_accepted_one(world: World) -> None:
-    good, bad = receipt(world, 0), refuse(receipt(world, 1).submission, "malformed", NOW)
-    assert [term.shard for term in weigh(world.record, [bad, good])] == [0]
-    with pytest.raises(StateError):
-        weigh(world.record, [bad])
-
-
-def test_a_receipt_of_another_round_is_refused(world: World) -> None:
-    foreign = receipt(world, 0)
-    other = world.record.model_copy(update={"round_id": "round-2"})
-    with pytest.raises(IntegrityError):
-        weigh(other, [foreign])
 
 
 def test_a_pipeline_can_be_pickled_and_holds_no_private_key(tmp_path: Path) -> None:
@@ -82,12 +56,15 @@ def test_a_task_that_was_killed_is_a_retryable_error() -> None:
         raise WorkerCrashedError
 
     with pytest.raises(UnreachableError, match="WorkerCrashedError"):
-        asyncio.run(_result(killed()))
+        asyncio.run(result_of(killed()))
 
 
 # -- one round on the real stack ---------------------------------------------------------------------------------------
 
 MODEL, DATASET, ROUND = "pipeline-toy", "pipeline-rows", "pipeline-round"
+SHARDS = 7
+COPY, TOO_LARGE = 5, 6
+"""Shards whose deltas are a copy of another's, and of a rank that the recipe does not allow."""
 
 
 def open_round(store: S3Store, base: Manifest) -> RoundRecord:
@@ -95,7 +72,7 @@ def open_round(store: S3Store, base: Manifest) -> RoundRecord:
         json.dumps({"prompt": f"What is {n}?", "completion": f" {n} is a number."}).encode() + b"\n" for n in range(6)
     )
     heldout = BlobRef(sha256=hashlib.sha256(rows).hexdigest(), size_bytes=len(rows))
-    shards = tuple(BlobRef(sha256=f"{n:064x}", size_bytes=1) for n in range(3))
+    shards = tuple(BlobRef(sha256=f"{n:064x}", size_bytes=1) for n in range(SHARDS))
     card = DatasetCard(
         dataset=DATASET,
         source="made up",
@@ -108,7 +85,9 @@ def open_round(store: S3Store, base: Manifest) -> RoundRecord:
     )
     store.put(heldout_key(DATASET, heldout.sha256), rows)
     store.put(dataset_key(DATASET), canonical_json(card))
-    request = RoundRequest(model=MODEL, dataset=DATASET, recipe=Recipe(rank=2, steps=5, max_tokens=64), shards=3)
+    aggregation = Aggregation(rule="multi_krum", outer=OuterStep(momentum=0.875, learning_rate=0.75))
+    recipe = Recipe(rank=2, steps=5, max_tokens=64, aggregation=aggregation)
+    request = RoundRequest(model=MODEL, dataset=DATASET, recipe=recipe, shards=SHARDS)
     record = RoundRecord(
         round_id=ROUND,
         request=request,
@@ -116,7 +95,7 @@ def open_round(store: S3Store, base: Manifest) -> RoundRecord:
         base_version=0,
         base_manifest=manifest_digest(base),
         shards=shards,
-        targets=base.targets(),
+        targets=select_targets(base.targets(), recipe),
         opened_at=NOW,
     )
     store.put(round_key(ROUND), canonical_json(record))
@@ -124,7 +103,7 @@ def open_round(store: S3Store, base: Manifest) -> RoundRecord:
 
 
 def hand_in(store: S3Store, record: RoundRecord, shard: int, folder: Path, *, rank: int = 2) -> Submission:
-    rng = np.random.default_rng(shard)
+    rng = np.random.default_rng(0 if shard == COPY else shard)
     factors = {
         name: quantise(1e-3 * rng.standard_normal((t.d_out, rank)), rng.standard_normal((rank, t.d_in)))
         for name, t in record.targets.items()
@@ -156,7 +135,7 @@ def hand_in(store: S3Store, record: RoundRecord, shard: int, folder: Path, *, ra
         worker_id=worker_id_of(public),
         worker_name=f"volunteer {shard}",
         shard=shard,
-        submitted_at=NOW,
+        submitted_at=NOW + shard,
     )
 
 
@@ -186,14 +165,25 @@ def test_a_round_is_admitted_folded_measured_published_and_replayed(
     pipeline = Pipeline(local_services.store_settings, key_file, CoordinatorSettings(heldout_examples=4))
 
     async def a_round() -> None:
-        submissions = [hand_in(s3_store, record, n, tmp_path, rank=2 if n < 2 else 3) for n in range(3)]
-        receipts = list(await asyncio.gather(*(pipeline.admit(record, one, NOW) for one in submissions)))
-        assert [one.accepted for one in receipts] == [True, True, False], [one.reason for one in receipts]
-        assert await pipeline.admit(record, submissions[0], NOW + 9) == receipts[0]
+        submissions = [hand_in(s3_store, record, n, tmp_path, rank=3 if n == TOO_LARGE else 2) for n in range(SHARDS)]
+        receipts = list(await asyncio.gather(*(pipeline.admit(record, one, NOW, 0) for one in submissions)))
+        assert [one.accepted for one in receipts] == [n != TOO_LARGE for n in range(SHARDS)]
+        assert await pipeline.admit(record, submissions[0], NOW + 9, 0) == receipts[0]
 
         draft = await pipeline.fold(record, receipts, NOW)
         assert await pipeline.fold(record, receipts[::-1], NOW) == draft
         assert sum(term.coefficient for term in draft.terms) == 2**DENOMINATOR_LOG2
+        assert {term.shard for term in draft.terms if term.coefficient == 0} >= {COPY}
+        decided = stored_cohort(s3_store, ROUND)
+        assert decided is not None
+        assert decided.base_loss is not None
+        assert all({check.name for check in one.checks} == {"near_duplicate", "heldout"} for one in decided.members)
+        assert all(
+            group.momentum is not None
+            for group in draft.groups
+            if any(draft.tensors[n].momentum for n in group.tensors)
+        )
+        assert any(group.momentum is not None for group in draft.groups)
         assert draft.version == 1
         assert draft.datasets == (DATASET,)
 
@@ -222,5 +212,5 @@ def test_a_round_is_admitted_folded_measured_published_and_replayed(
 
     report = verify_version(StoreSource(s3_store), MODEL, None, cache=tmp_path, publisher_key=public_key_hex(private))
     assert report.ok, report.mismatches
-    assert (report.version, report.level, report.contributions) == (1, "replay", 2)
+    assert (report.version, report.level) == (1, "replay")
     assert s3_store.head(pointer_key(MODEL)) is not None

@@ -24,7 +24,8 @@ from aggregator.publish import (
     version_files,
 )
 from rankup.errors import ConflictError, IntegrityError, UnreachableError
-from rankup.protocol import DisplayName, Pointer
+from rankup.message import DisplayName
+from rankup.protocol import Pointer
 from rankup.records import Evaluation, FileEntry, Manifest, Term
 from rankup.signing import generate_private_key, parse_private_key, public_key_hex
 from rankup.store import MemoryStore, get_blob

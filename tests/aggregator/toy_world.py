@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from aggregator.groups import Dtype, plan_groups, write_group
+from aggregator.groups import plan_groups, write_group
 from aggregator.publish import publish_manifest, version_files
 from rankup.delta import DeltaHeader, write_delta
+from rankup.dtypes import Dtype
 from rankup.fixedpoint import Factors, quantise
-from rankup.protocol import Recipe, RoundRequest, SubmitStatement, Target
+from rankup.protocol import RoundRequest, SubmitStatement
+from rankup.recipe import Recipe
 from rankup.records import BlobRef, FileEntry, Manifest, RoundRecord, Submission, TensorEntry
 from rankup.signing import (
     Ed25519PrivateKey,
@@ -23,7 +25,8 @@ from rankup.signing import (
     sign,
     worker_id_of,
 )
-from rankup.store import MemoryStore, put_blob
+from rankup.store import MemoryStore, Store, put_blob
+from rankup.targets import Role, Target
 from rankup.versions import manifest_digest, upload_key
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -50,13 +53,19 @@ def random_model(seed: int = 0) -> dict[str, np.ndarray]:
     return model
 
 
-def store_model(store: MemoryStore, tensors: Mapping[str, np.ndarray], group_bytes: int) -> Manifest:
+def store_model(
+    store: Store,
+    tensors: Mapping[str, np.ndarray],
+    group_bytes: int,
+    roles: Mapping[str, Role] = dict.fromkeys(LORA, "linear"),
+) -> Manifest:
     """A version 0 of these tensors in groups of `group_bytes`, not yet sealed."""
     dtypes: dict[str, Dtype] = {n: "I64" if a.dtype == np.int64 else "BF16" for n, a in tensors.items()}
     plan = plan_groups({name: array.nbytes for name, array in tensors.items()}, group_bytes)
     groups, entries = [], dict[str, TensorEntry]()
     for number, names in enumerate(plan, start=1):
-        group, part = write_group(store, number, len(plan), {n: tensors[n] for n in names}, dtypes, LORA)
+        members = {name: tensors[name] for name in names}
+        group, part = write_group(store, number, len(plan), members, dtypes, roles)
         groups.append(group)
         entries |= part
     config = put_blob(store, b'{"model_type": "toy"}')
@@ -158,7 +167,7 @@ def make_world(folder: Path, *, group_bytes: int = 4000, shards: int = 4, seed: 
         base_version=0,
         base_manifest=manifest_digest(parent),
         shards=tuple(BlobRef(sha256=hashlib.sha256(bytes([n])).hexdigest(), size_bytes=1) for n in range(shards)),
-        targets={name: Target(d_out=SHAPES[name][0], d_in=SHAPES[name][1]) for name in sorted(LORA)},
+        targets={name: Target(d_out=SHAPES[name][0], d_in=SHAPES[name][1], rank=RANK) for name in sorted(LORA)},
         opened_at=NOW - 50,
     )
     return World(folder, store, pem, parent, record)

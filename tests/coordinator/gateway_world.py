@@ -19,15 +19,8 @@ from pydantic import SecretStr
 from coordinator.gateway import GatewayDeps, create_app
 from coordinator.ledger import Ledger
 from coordinator.rounds import Tick
-from rankup.protocol import (
-    DeviceProfile,
-    EnrolStatement,
-    LeaseGrant,
-    Pointer,
-    RoundRequest,
-    SubmitStatement,
-    canonical_json,
-)
+from rankup.message import canonical_json
+from rankup.protocol import DeviceProfile, EnrolStatement, LeaseGrant, Pointer, RoundRequest, SubmitStatement
 from rankup.records import (
     BlobRef,
     Check,
@@ -69,7 +62,13 @@ def make_manifest(version: int, parent: str | None, loss: float | None = None, *
         round_id=None if version == 0 else f"{model}-r{version:04d}-abcdef",
         recipe=None,
         tensors={
-            name: TensorEntry(shape=shape, export_dtype="BF16", master=digest, export=digest, lora=len(shape) == 2)
+            name: TensorEntry(
+                shape=shape,
+                export_dtype="BF16",
+                master=digest,
+                export=digest,
+                role="linear" if len(shape) == 2 else None,
+            )
             for name, shape in shapes.items()
         },
         groups=(

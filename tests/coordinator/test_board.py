@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.board import CHART_HEIGHT, CHART_WIDTH, MAX_POINTS, ago, loss_chart, round_board, short, shown, span
-from rankup.protocol import Recipe, RoundState, RoundView, VersionView
+from rankup.protocol import RoundState, RoundView, VersionView
+from rankup.recipe import Recipe
 
 
 def version(number: int, loss: float | None) -> VersionView:

@@ -48,7 +48,7 @@ def test_a_volunteer_goes_from_joining_to_a_verdict(world: World) -> None:
     assert lease.round_id == view.round_id
     assert lease.seed == seed_of(view.round_id, lease.lease_id)
     assert set(lease.targets) == {"layers.0.q_proj.weight", "layers.0.up_proj.weight"}
-    assert lease.max_delta_bytes == delta_bound_bytes(lease.targets, lease.recipe.rank)
+    assert lease.max_delta_bytes == delta_bound_bytes(lease.targets)
     beat = world.http.post(
         f"/v1/leases/{lease.lease_id}/heartbeat", json={"fence": lease.fence, "step": 3, "loss": 2.9}, headers=ada.auth
     ).json()

@@ -15,7 +15,8 @@ from coordinator.leases import Lease
 from coordinator.ledger import Ledger, NoWork, Worker
 from coordinator.opening import open_round
 from rankup.errors import RankupError, UnreachableError
-from rankup.protocol import DeviceProfile, Pointer, RoundRequest, RoundState, SubmitStatement, canonical_json
+from rankup.message import canonical_json
+from rankup.protocol import DeviceProfile, Pointer, RoundRequest, RoundState, SubmitStatement
 from rankup.records import (
     BlobRef,
     DatasetCard,
@@ -64,7 +65,7 @@ class ToyAggregator:
         self._fail("before")
         self.calls.append(name)
 
-    async def admit(self, record: RoundRecord, submission: Submission, now: float) -> Receipt:
+    async def admit(self, record: RoundRecord, submission: Submission, now: float, valid_in_a_row: int) -> Receipt:
         await self._call("admit")
         accepted = submission.statement.last_loss < 10
         receipt = Receipt(
@@ -111,7 +112,7 @@ class ToyAggregator:
 
 def version(number: int, **about: Any) -> Manifest:
     digest = hashlib.sha256(f"{number} {about}".encode()).hexdigest()
-    entry = TensorEntry(shape=(4, 4), export_dtype="BF16", master=digest, export=digest, lora=True)
+    entry = TensorEntry(shape=(4, 4), export_dtype="BF16", master=digest, export=digest, role="linear")
     files = [FileEntry(path=f"{name}.safetensors", sha256=digest, size_bytes=1) for name in ("master", "model")]
     return Manifest(
         model="tiny",

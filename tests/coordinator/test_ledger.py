@@ -15,9 +15,10 @@ from coordinator.leases import Lease
 from coordinator.ledger import Ledger, NoWork, RoundStatus, Worker
 from coordinator.rounds import Admit, Aggregate, Cancel, Close, Evaluated, Folded, OpenNext, Published, ReapLeases, Tick
 from rankup.errors import BusyError, DeniedError, InputError, NotFoundError, SetupError, StateError, UnreachableError
-from rankup.protocol import DeviceProfile, Heartbeat, LeaseState, RoundRequest, RoundState, SubmitStatement, Target
+from rankup.protocol import DeviceProfile, Heartbeat, LeaseState, RoundRequest, RoundState, SubmitStatement
 from rankup.records import BlobRef, Evaluation, Receipt, RoundRecord, Submission
 from rankup.settings import LedgerSettings
+from rankup.targets import Target
 
 if TYPE_CHECKING:
     from tests.coordinator.conftest import ValkeyServer

@@ -10,12 +10,15 @@ import pytest
 from gateway_world import add_dataset, make_manifest, publish
 
 from coordinator.ledger import Ledger
-from coordinator.opening import next_round_id, open_round, pick_shards, select_targets
+from coordinator.opening import next_round_id, open_round, pick_shards
 from rankup.errors import InputError, IntegrityError, NotFoundError
-from rankup.protocol import Recipe, RoundRequest, RoundState, canonical_json
+from rankup.message import canonical_json
+from rankup.protocol import RoundRequest, RoundState
+from rankup.recipe import Recipe
 from rankup.records import RoundRecord
 from rankup.signing import generate_private_key, parse_private_key, public_key_hex
 from rankup.store import MemoryStore
+from rankup.targets import select_targets
 from rankup.versions import round_key
 
 if TYPE_CHECKING:
@@ -176,13 +179,13 @@ def test_a_name_that_is_taken_gives_way_to_another_one(
     ],
 )
 def test_target_modules_select_by_the_end_of_the_name(modules: Any, chosen: set[str]) -> None:
-    assert set(select_targets(make_manifest(0, None), Recipe(target_modules=modules))) == chosen
+    assert set(select_targets(make_manifest(0, None).targets(), Recipe(target_modules=modules))) == chosen
 
 
 @pytest.mark.parametrize("modules", [("norm",), ("proj",), ("q_proj", "nothing")])
 def test_an_entry_that_selects_nothing_is_named(modules: Any) -> None:
-    with pytest.raises(InputError, match="is called"):
-        select_targets(make_manifest(0, None), Recipe(target_modules=modules))
+    with pytest.raises(InputError, match="fits no layer"):
+        select_targets(make_manifest(0, None).targets(), Recipe(target_modules=modules))
 
 
 def test_all_shards_can_be_asked_for_but_not_one_more(store: MemoryStore) -> None:

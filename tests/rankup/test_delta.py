@@ -26,11 +26,16 @@ from rankup.delta import (
 )
 from rankup.errors import DeltaError, DiskFullError, InputError, NotFoundError, RankupError, TooLargeError
 from rankup.fixedpoint import Factors, dequantise, quantise
-from rankup.protocol import MAX_RANK, Target, canonical_json
+from rankup.message import canonical_json
+from rankup.recipe import MAX_RANK
+from rankup.targets import Target
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADER = DeltaHeader(model="tiny", round_id="tiny-r1", lease_id="lease-1", base_manifest="ab" * 32)
-TARGETS = {"layers.0.q_proj.weight": Target(d_out=6, d_in=5), "layers.0.v_proj.weight": Target(d_out=4, d_in=5)}
+TARGETS = {
+    "layers.0.q_proj.weight": Target(d_out=6, d_in=5, rank=2),
+    "layers.0.v_proj.weight": Target(d_out=4, d_in=5, rank=2),
+}
 Q, V = TARGETS
 
 
@@ -52,8 +57,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return delta_bytes(tmp_path_factory.mktemp("good"))
 
 
-def admit(data: bytes, header: DeltaHeader = HEADER, max_rank: int = 2) -> None:
-    check_structure(DeltaReader.from_bytes(data), targets=TARGETS, max_rank=max_rank, header=header)
+def admit(data: bytes, header: DeltaHeader = HEADER) -> None:
+    check_structure(DeltaReader.from_bytes(data), targets=TARGETS, header=header)
 
 
 def same(left: Factors, right: Factors) -> bool:
@@ -74,7 +79,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert reader.header == HEADER
         assert reader.names == (Q, V)
         assert all(same(reader.factors(name), factors[name]) for name in factors)
-        check_structure(reader, targets=TARGETS, max_rank=2, header=HEADER)
+        check_structure(reader, targets=TARGETS, header=HEADER)
     assert [path.name for path in tmp_path.iterdir()] == ["x.delta"]
 
 
@@ -115,7 +120,7 @@ def test_the_largest_rank_and_the_longest_name_fit(tmp_path: Path) -> None:
     name = "w" * 256
     factors = {name: quantise(np.ones((2, MAX_RANK)), np.ones((MAX_RANK, 1)))}
     reader = DeltaReader.from_bytes(delta_bytes(tmp_path, factors))
-    check_structure(reader, targets={name: Target(d_out=2, d_in=1)}, max_rank=MAX_RANK, header=HEADER)
+    check_structure(reader, targets={name: Target(d_out=2, d_in=1)}, header=HEADER)
 
 
 def test_some_weights_may_be_zero(tmp_path: Path) -> None:
@@ -426,7 +431,7 @@ def test_flipped_and_lost_bytes_end_in_an_error_of_ours_or_in_a_delta_that_holds
     end = data.draw(st.one_of(st.just(len(good)), st.integers(0, len(good))))
     try:
         reader = DeltaReader.from_bytes(bytes(broken[:end]))
-        check_structure(reader, targets=TARGETS, max_rank=2, header=HEADER)
+        check_structure(reader, targets=TARGETS, header=HEADER)
     except RankupError:
         return
     for name in reader.names:

@@ -3,21 +3,36 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faulty_server import serve
-from history import GROUPS, MODEL, RANK, SHAPES, History, make_history
+from history import (
+    BIAS,
+    EXPERTS,
+    GROUPS,
+    MODEL,
+    RANK,
+    SHAPES,
+    VARIED_SHAPES,
+    History,
+    make_history,
+    make_varied_history,
+)
 
-from rankup import folder
+from rankup import folder, tensorfile
+from rankup.checkfiles import Report, verify_files
 from rankup.errors import IntegrityError, NotFoundError
-from rankup.protocol import Recipe
+from rankup.foldrows import Law
 from rankup.pull import GatewaySource, PullProgress, StoreSource, pull
+from rankup.recipe import OuterStep, Recipe
 from rankup.records import Manifest
-from rankup.replay import Report, verify_files, verify_version
+from rankup.replay import verify_version
 from rankup.signing import generate_private_key, parse_private_key, public_key_hex
 from rankup.store import put_blob
+from rankup.versions import manifest_digest
 
 
 @pytest.fixture
@@ -171,6 +186,134 @@ def test_a_delta_above_the_rank_of_the_recipe_is_refused(history: History, tmp_p
     republish(history, 2, lambda manifest: manifest.model_copy(update={"recipe": recipe}))
     with pytest.raises(IntegrityError, match="rank"):
         replay(history, 2, tmp_path)
+
+
+# -- everything that a round may have ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def varied() -> History:
+    return make_varied_history()
+
+
+@pytest.mark.parametrize("tile_bytes", [64, 2**24])
+def test_momentum_experts_vectors_and_partial_deltas_are_replayed(
+    varied: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile_bytes: int
+) -> None:
+    monkeypatch.setattr(Law, "__init__", partialmethod(Law.__init__, tile_bytes=tile_bytes))
+    stateful = {version: {n for n, e in m.tensors.items() if e.momentum} for version, m in enumerate(varied.manifests)}
+    assert stateful == {0: set(), 1: set(VARIED_SHAPES), 2: set(VARIED_SHAPES), 3: set()}
+    for version in (1, 2, 3):
+        report = replay(varied, version, tmp_path)
+        assert (report.ok, report.level, report.contributions) == (True, "replay", 3)
+        assert report.changed == len(VARIED_SHAPES)
+    assert not any(
+        (tmp_path / term.contribution).exists() for term in varied.manifests[2].terms if not term.coefficient
+    )
+
+
+def test_a_replay_reads_masters_and_momenta_in_tiles(
+    varied: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest: dict[str, int] = {}
+    whole = tensorfile.TensorFile.read_part
+
+    def watched(file: tensorfile.TensorFile, name: str, start: int, length: int) -> bytes:
+        largest[name] = max(largest.get(name, 0), length)
+        return whole(file, name, start, length)
+
+    monkeypatch.setattr(tensorfile.TensorFile, "read_part", watched)
+    monkeypatch.setattr(tensorfile.TensorFile, "read", None)
+    monkeypatch.setattr(Law, "__init__", partialmethod(Law.__init__, tile_bytes=1024))
+    assert replay(varied, 2, tmp_path).ok
+    assert largest.keys() == varied.manifests[2].tensors.keys()
+    assert max(largest.values()) == 960, "of 1024 bytes, the most that whole rows fill"
+
+
+@pytest.mark.parametrize("name", [GROUPS[0][0], EXPERTS, BIAS])
+def test_a_momentum_that_does_not_follow_is_found(varied: History, tmp_path: Path, name: str) -> None:
+    def forged(manifest: Manifest) -> Manifest:
+        entry = manifest.tensors[name].model_copy(update={"momentum": "ab" * 32})
+        return manifest.model_copy(update={"tensors": {**manifest.tensors, name: entry}})
+
+    republish(varied, 2, forged)
+    assert replay(varied, 2, tmp_path).mismatches == (name,)
+
+
+def test_a_state_that_was_kept_where_the_recipe_keeps_none_is_refused(varied: History, tmp_path: Path) -> None:
+    def kept(manifest: Manifest) -> Manifest:
+        entry = manifest.tensors[BIAS].model_copy(update={"momentum": varied.manifests[2].tensors[BIAS].momentum})
+        momentum = varied.manifests[2].groups[1].momentum
+        group = manifest.groups[1].model_copy(update={"momentum": momentum})
+        tensors = {**manifest.tensors, BIAS: entry}
+        return manifest.model_copy(update={"tensors": tensors, "groups": (manifest.groups[0], group)})
+
+    with pytest.raises(IntegrityError, match="keeps none"):
+        republish(varied, 3, kept)
+
+
+@pytest.mark.parametrize("outer", [OuterStep(momentum=0.875), OuterStep(learning_rate=1, momentum=0.75)])
+def test_another_outer_step_than_the_one_taken_is_found(varied: History, tmp_path: Path, outer: OuterStep) -> None:
+    def restated(manifest: Manifest) -> Manifest:
+        assert manifest.recipe is not None
+        aggregation = manifest.recipe.aggregation.model_copy(update={"outer": outer})
+        return manifest.model_copy(update={"recipe": manifest.recipe.model_copy(update={"aggregation": aggregation})})
+
+    republish(varied, 2, restated)
+    assert set(replay(varied, 2, tmp_path).mismatches) == set(VARIED_SHAPES)
+
+
+def test_a_parent_whose_momentum_is_another_is_noticed(varied: History, tmp_path: Path) -> None:
+    def forged(manifest: Manifest) -> Manifest:
+        entry = manifest.tensors[EXPERTS].model_copy(update={"momentum": "ab" * 32})
+        return manifest.model_copy(update={"tensors": {**manifest.tensors, EXPERTS: entry}})
+
+    republish(varied, 1, forged)
+    # A round without terms still moves by its momentum, and needs no delta that names the first version as it was.
+    update = {"parent": manifest_digest(varied.manifests[1]), "terms": ()}
+    republish(varied, 2, lambda manifest: manifest.model_copy(update=update))
+    with pytest.raises(IntegrityError, match=r"momentum of tensor layers\.1\.experts"):
+        replay(varied, 2, tmp_path)
+
+
+def test_a_parent_without_the_momentum_file_that_it_names_is_noticed(varied: History, tmp_path: Path) -> None:
+    ref = varied.manifests[1].groups[1].momentum
+    assert ref is not None
+    data = bytearray(varied.blob(ref))
+    data[-1] ^= 1
+    varied.replace_blob(ref, bytes(data))
+    with pytest.raises(IntegrityError, match=ref.sha256):
+        replay(varied, 2, tmp_path)
+
+
+def test_a_delta_must_be_of_the_base_that_its_term_names(varied: History, tmp_path: Path) -> None:
+    def forgotten(manifest: Manifest) -> Manifest:
+        terms = tuple(term.model_copy(update={"base_manifest": None}) for term in manifest.terms)
+        return manifest.model_copy(update={"terms": terms})
+
+    republish(varied, 2, forgotten)
+    with pytest.raises(IntegrityError, match="not one of this round"):
+        replay(varied, 2, tmp_path)
+
+
+def test_a_term_that_counts_is_needed(varied: History, tmp_path: Path) -> None:
+    def counted(manifest: Manifest) -> Manifest:
+        terms = tuple(term.model_copy(update={"coefficient": max(1, term.coefficient)}) for term in manifest.terms)
+        return manifest.model_copy(update={"terms": terms})
+
+    republish(varied, 2, counted)
+    with pytest.raises(NotFoundError):
+        replay(varied, 2, tmp_path)
+
+
+def test_a_partial_delta_is_refused_where_the_recipe_wants_whole_ones(varied: History, tmp_path: Path) -> None:
+    def whole(manifest: Manifest) -> Manifest:
+        assert manifest.recipe is not None
+        return manifest.model_copy(update={"recipe": manifest.recipe.model_copy(update={"partial": False})})
+
+    republish(varied, 2, whole)
+    with pytest.raises(IntegrityError, match="missing"):
+        replay(varied, 2, tmp_path)
 
 
 # -- chain and signature -----------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Reading tensor files by range, and writing them canonically."""
 
 import contextlib
+import hashlib
 import json
+import random
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankup.errors import InputError, IntegrityError, NotFoundError, RankupError
-from rankup.tensorfile import DTYPE_BYTES, TensorFile, write_tensor_file
+from rankup.tensorfile import DTYPE_BYTES, TensorFile, TensorFileWriter, write_tensor_file
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 tensors = st.dictionaries(
@@ -108,3 +110,60 @@ def test_bytes_that_do_not_fit_their_shape_are_not_written() -> None:
     for tensor in (("F32", (2,), b"1234"), ("F4", (2,), b"1")):
         with pytest.raises(InputError):
             write_tensor_file(BytesIO(), {"a": tensor})
+
+
+@given(tensors, st.randoms(use_true_random=False))
+def test_pieces_in_any_order_of_tensors_give_the_same_file(
+    table: dict[str, tuple[str, tuple[int, ...]]], rng: random.Random
+) -> None:
+    content = filled(table)
+    whole, pieced = BytesIO(), BytesIO()
+    ref = write_tensor_file(whole, content, {"format": "pt"})
+    writer = TensorFileWriter(pieced, table, {"format": "pt"})
+    pieces = [name for name, (_, _, data) in content.items() for _ in range(0, len(data), 3)]
+    rng.shuffle(pieces)
+    done = dict.fromkeys(content, 0)
+    for name in pieces:
+        writer.append(name, content[name][2][done[name] : done[name] + 3])
+        done[name] += 3
+    assert writer.finish() == ref
+    assert pieced.getvalue() == whole.getvalue()
+    assert ref.sha256 == hashlib.sha256(whole.getvalue()).hexdigest()
+    assert (ref.size_bytes, writer.size_bytes) == (len(whole.getvalue()), len(whole.getvalue()))
+
+
+def test_a_file_written_in_its_own_order_is_never_read_back() -> None:
+    class WriteOnly(BytesIO):
+        def seek(self, *_: int) -> int:
+            raise AssertionError("no need to go back")
+
+    content = filled({"b": ("F32", (3,)), "a": ("BF16", (5,)), "c": ("I64", (2,))})
+    file = WriteOnly()
+    assert write_tensor_file(file, content).sha256 == hashlib.sha256(file.getvalue()).hexdigest()
+
+
+def test_what_does_not_fit_the_announced_shapes_is_refused() -> None:
+    writer = TensorFileWriter(BytesIO(), {"a": ("F32", (2,))})
+    writer.append("a", b"1234")
+    with pytest.raises(InputError, match="lacks 4 bytes"):
+        writer.finish()
+    with pytest.raises(InputError, match="more bytes"):
+        writer.append("a", b"12345")
+    with pytest.raises(InputError, match="no tensor 'b'"):
+        writer.append("b", b"")
+    with pytest.raises(InputError, match="unknown dtype"):
+        TensorFileWriter(BytesIO(), {"a": ("F4", (2,))})
+
+
+def test_a_part_of_a_tensor_is_read_and_nothing_beside_it() -> None:
+    content = filled({"a": ("F32", (4,)), "b": ("F32", (4,))})
+    buffer = BytesIO()
+    write_tensor_file(buffer, content)
+    file = read(buffer.getvalue())
+    assert file.read_part("b", 4, 8) == content["b"][2][4:12]
+    assert file.read_part("b", 16, 0) == b""
+    for start, length in ((0, 17), (12, 8), (-4, 8), (4, -1)):
+        with pytest.raises(InputError, match="has no"):
+            file.read_part("b", start, length)
+    with pytest.raises(NotFoundError):
+        file.read_part("c", 0, 0)

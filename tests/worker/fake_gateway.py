@@ -30,14 +30,14 @@ from rankup.protocol import (
     LeaseState,
     LeaseView,
     Problem,
-    Recipe,
     ReturnRequest,
     ServerInfo,
     SubmitRequest,
-    Target,
     UploadRequest,
     UploadTicket,
 )
+from rankup.recipe import Recipe
+from rankup.targets import Target
 
 SHARD = b'{"text": "hello"}\n'
 BASE_MANIFEST = hashlib.sha256(b"base").hexdigest()

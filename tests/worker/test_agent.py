@@ -20,6 +20,7 @@ from tiny_model import save_tiny_llama
 from rankup.errors import DeniedError, DiskFullError, IntegrityError, SetupError, StateError, UnreachableError
 from rankup.protocol import LeaseState
 from rankup.settings import WorkerSettings
+from rankup.targets import select_targets
 from worker import agent
 from worker.events import (
     Abandoned,
@@ -328,7 +329,7 @@ def test_the_real_trainer_trains_a_tiny_model_for_a_lease(gateway: FakeGateway, 
             save_tiny_llama(folder)
         return BASE_MANIFEST
 
-    gateway.targets = save_tiny_llama(machine.home.with_name("elsewhere"))
+    gateway.targets = select_targets(save_tiny_llama(machine.home.with_name("elsewhere")), gateway.recipe)
     gateway.announced = gateway.shard = b'{"text": "a list of files"}\n' * 8
     gateway.max_delta_bytes = 1_000_000
     gateway.offer("l1")

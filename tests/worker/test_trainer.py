@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ from tiny_model import save_tiny_llama, write_rows
 from rankup.delta import DeltaHeader, DeltaReader, check_structure
 from rankup.errors import InputError, SetupError
 from rankup.fixedpoint import dequantise
-from rankup.protocol import Recipe, Target
-from worker import trainer
+from rankup.recipe import Recipe
+from rankup.targets import Target, select_targets
+from worker import surgery, trainer
 from worker.job import Failed, Finished, Job, Line, Ready, StepDone, TrainerExit, parse_line
 from worker.shard import read_rows
-from worker.trainer import Progress, initial_a, scaling_of
+from worker.trainer import Progress
 
 ANSWER = "returns a list of the files in the folder, sorted by name"
 CONVERSATIONS = [
@@ -40,7 +40,7 @@ RECIPE = Recipe(rank=4, steps=20, learning_rate=2e-2, batch_size=4, max_tokens=9
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Target]]:
     folder = tmp_path_factory.mktemp("base")
-    return folder, save_tiny_llama(folder)
+    return folder, select_targets(save_tiny_llama(folder), RECIPE)
 
 
 def make_job(folder: Path, base: tuple[Path, dict[str, Target]], rows: list[dict[str, Any]], **more: Any) -> Job:
@@ -78,27 +78,19 @@ def train(job: Job) -> tuple[int, list[Line]]:
     return child.wait(), lines
 
 
-def merged_change(model: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Weight name -> what peft's own merge adds to it, float64 (d_out, d_in)."""
-    inner = model.get_base_model()
-    layers = {name: inner.get_submodule(name.removesuffix(".weight")) for name in names}
-    return {name: layer.get_delta_weight("default").detach().double().numpy() for name, layer in layers.items()}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True], ids=["alpha over r", "rslora"])
 def test_twenty_steps_lower_the_loss_and_leave_a_delta_that_is_what_peft_would_merge(
     base: tuple[Path, dict[str, Target]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rslora: bool
 ) -> None:
     job = make_job(tmp_path, base, CONVERSATIONS, recipe=RECIPE.model_copy(update={"rslora": rslora}))
-    merged: dict[str, np.ndarray] = {}
-    take_factors = trainer._factors
+    kept: list[Any] = []
 
-    def take_both(model: Any, job: Job) -> Any:
-        merged.update(merged_change(model, job.targets))
-        return take_factors(model, job)
+    def adapt(*arguments: Any) -> Any:
+        kept.append(surgery.adapt(*arguments))
+        return kept[0]
 
-    monkeypatch.setattr(trainer, "_factors", take_both)
+    monkeypatch.setattr(trainer, "adapt", adapt)
     lines: list[Line] = []
     trainer.train(job, lines.append, started=time.perf_counter(), scratch=tmp_path / "scratch")
     assert isinstance(lines[0], Ready)
@@ -112,11 +104,13 @@ def test_twenty_steps_lower_the_loss_and_leave_a_delta_that_is_what_peft_would_m
     assert job.delta_file.stat().st_size == result.size_bytes
     header = DeltaHeader(model="tiny", round_id="round-1", lease_id="lease-1", base_manifest="ab" * 32)
     with DeltaReader.open(job.delta_file) as reader:
-        check_structure(reader, targets=job.targets, max_rank=4, header=header)
-        for name, change in merged.items():
+        check_structure(reader, targets=job.targets, header=header)
+        for name in job.targets:
+            # What peft's own merge adds.
+            layer = kept[0].base.get_submodule(name.removesuffix(".weight"))
+            change = layer.get_delta_weight("default").detach().double().numpy()
             b, a = dequantise(reader.factors(name))
             assert np.linalg.norm(b @ a - change) < 1e-3 * np.linalg.norm(change), name
-    assert merged.keys() == job.targets.keys()
 
 
 @pytest.mark.slow
@@ -165,7 +159,7 @@ def test_every_row_shape_trains_and_counts_exactly_the_tokens_of_the_loss(
 
 @pytest.mark.slow
 def test_a_base_of_another_shape_is_a_bad_job(base: tuple[Path, dict[str, Target]], tmp_path: Path) -> None:
-    wrong = {**base[1], "model.layers.0.self_attn.q_proj.weight": Target(d_out=65, d_in=64)}
+    wrong = {**base[1], "model.layers.0.self_attn.q_proj.weight": Target(d_out=65, d_in=64, rank=4)}
     code, lines = train(make_job(tmp_path / "shape", base, CONVERSATIONS, targets=wrong))
     assert code == TrainerExit.BAD_JOB
     assert isinstance(lines[-1], Failed)
@@ -225,21 +219,6 @@ def test_rows_keep_what_trl_knows_and_lines_end_only_at_newlines(tmp_path: Path)
     rows = [{"text": "a\u2028b\x85", "source": "x", "tools": "[]"}, {"text": "c"}]
     path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
     assert read_rows(path) == [{"text": "a\u2028b\x85", "tools": "[]"}, {"text": "c"}]
-
-
-def test_a_starts_from_seed_and_name_alone_and_never_changes() -> None:
-    a = initial_a(1, "layer.weight", 2, 3)
-    assert a.dtype == np.float32
-    assert np.abs(a).max() <= 3**-0.5
-    assert not np.array_equal(a, initial_a(2, "layer.weight", 2, 3))
-    assert not np.array_equal(a, initial_a(1, "other.weight", 2, 3))
-    digest = hashlib.sha256(initial_a(7, "layer.weight", 8, 16).tobytes()).hexdigest()
-    assert digest[:16] == "df2a44b617fb8fae"
-
-
-def test_scaling_follows_the_recipe() -> None:
-    assert scaling_of(Recipe(rank=16, alpha=32)) == 2.0
-    assert scaling_of(Recipe(rank=16, alpha=32, rslora=True)) == 8.0
 
 
 @pytest.mark.parametrize(("losses", "ends"), [([4.0], (4.0, 4.0)), ([5.0, 4, 3, 2, 1, 1, 1, 1, 1, 0], (4.5, 0.5))])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rankup.protocol import Target
+from rankup.targets import Target
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"

@@ -1,0 +1,260 @@
+"""What the aggregator runs on the cluster: each step of a round as a Ray task over object storage.
+
+What always holds:
+- bytes move between tasks and object storage only; a task gets settings, records and numbers, and gives records back;
+- errors of `rankup.errors` arrive as they were raised in the task; a task that died (killed, out of memory, node lost)
+  arrives as a retryable UnreachableError;
+- a task may be run twice: what it writes is content-addressed or written once.
+
+This is the only module of the room that imports ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from aggregator import kernels
+from aggregator.audit import agreement, judge
+from aggregator.checkout import checkout, prune
+from aggregator.cohort import DENOMINATOR_LOG2, Losses, StoredDelta, bucket_gram, factors_of
+from aggregator.fold import fold_digest, fold_group, store_from_wire
+from aggregator.intake import admit
+from rankup.delta import DeltaReader
+from rankup.errors import IntegrityError, NotFoundError, RankupError, UnreachableError
+from rankup.products import KERNELS
+from rankup.recipe import Recipe
+from rankup.records import (
+    BlobRef,
+    Check,
+    DatasetCard,
+    Evaluation,
+    FoldedGroup,
+    Manifest,
+    Receipt,
+    RoundRecord,
+    Submission,
+    Term,
+)
+from rankup.store import Store
+from rankup.versions import dataset_key, fold_key, heldout_key, round_key
+
+MAX_RECORD_BYTES = 256 * 1024**2
+"""Cards and round records name every shard."""
+MAX_HELDOUT_BYTES = 256 * 1024**2
+EVALUATION_THREADS = 4
+
+Retrain = Callable[[Store, RoundRecord, Submission, Path, Path], Path]
+"""(store, record, submission, base folder, scratch folder): trains a shard again; the delta's path."""
+
+
+async def result_of(reference: Awaitable[Any]) -> Any:
+    """Await a Ray task; its own errors come out as they were raised, Ray's as retryable ones."""
+    try:
+        return await reference
+    except ray.exceptions.RayTaskError as exc:
+        # Ray raises a class of its own around the error, which hides our `cause` behind the original exception.
+        if isinstance(exc.cause, RankupError):
+            raise exc.cause from exc
+        raise
+    except ray.exceptions.RayError as exc:
+        raise UnreachableError(
+            f"an aggregation task died: {type(exc).__name__}",
+            remedy="It is tried again; if that repeats, give the cluster more memory.",
+        ) from exc
+
+
+def share(value: Any) -> Any:
+    """Put a value into the cluster's object store once, for many tasks."""
+    return ray.put(value)
+
+
+def gpu_share() -> float:
+    """What a fold asks of a GPU: a quarter, where the cluster has one."""
+    return 0.25 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+# -- admission ---------------------------------------------------------------------------------------------------------
+
+
+def _admit(
+    store_wire: str,
+    record: RoundRecord,
+    submission: Submission,
+    max_delta_bytes: int,
+    now: float,
+    parent: Manifest | None,
+    retrain: Retrain | None,
+    folder: Path,
+) -> Receipt:
+    """`parent` and `retrain` are given where the delta is to be audited."""
+    store = store_from_wire(store_wire)
+    audit = None
+    if parent is not None and retrain is not None:
+        audit = partial(_audit, store, record, parent, submission, retrain, folder)
+    return admit(store, record, submission, max_delta_bytes=max_delta_bytes, now=now, audit=audit)
+
+
+def _audit(
+    store: Store,
+    record: RoundRecord,
+    parent: Manifest,
+    submission: Submission,
+    retrain: Retrain,
+    folder: Path,
+    delta: Path,
+) -> Check:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="audit-") as scratch:
+        base = Path(scratch) / "base"
+        base.mkdir()
+        checkout(store, parent, folder / "blobs", base)
+        again = retrain(store, record, submission, base, Path(scratch))
+        with DeltaReader.open(delta) as left, DeltaReader.open(again) as right:
+            return judge(agreement(factors_of(left), factors_of(right), sorted(record.targets)))
+
+
+# -- the cohort --------------------------------------------------------------------------------------------------------
+
+
+def _gram(store_wire: str, contributions: Sequence[BlobRef], names: Sequence[str]) -> NDArray[np.float64]:
+    return bucket_gram(store_from_wire(store_wire), contributions, names)
+
+
+def _losses(
+    store_wire: str,
+    record: RoundRecord,
+    parent: Manifest,
+    contributions: Sequence[BlobRef],
+    max_examples: int,
+    folder: Path,
+) -> Losses:
+    """Held-out losses of the base with each delta, on rows that the round's name chooses."""
+    from aggregator.losses import heldout_losses
+
+    store = store_from_wire(store_wire)
+    rows = _read_heldout(store, _read_card(store, record.request.dataset))
+    chosen = sorted(range(len(rows)), key=lambda row: hashlib.sha256(f"{record.round_id}|{row}".encode()).digest())
+    names = sorted(record.targets)
+
+    def read(ref: BlobRef) -> StoredDelta:
+        delta = StoredDelta(store, ref)
+        delta.fetch(names)
+        return delta
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="version-") as base:
+        checkout(store, parent, folder / "blobs", Path(base))
+        base_loss, losses = heldout_losses(
+            Path(base),
+            [rows[row] for row in chosen],
+            (read(ref) for ref in contributions),
+            names,
+            max_tokens=record.request.recipe.max_tokens,
+            max_rows=max_examples,
+            threads=_threads(),
+        )
+    return Losses(base_loss, {ref.sha256: loss for ref, loss in zip(contributions, losses, strict=True)})
+
+
+# -- fold and evaluation -----------------------------------------------------------------------------------------------
+
+
+def _fold_group(
+    store_wire: str, parent: Manifest, record: RoundRecord, number: int, terms: Sequence[Term]
+) -> FoldedGroup:
+    recipe = record.request.recipe
+    outer = recipe.aggregation.outer
+    digest = fold_digest(record.base_manifest, terms, DENOMINATOR_LOG2, outer)
+    # Loading torch costs a second and 300 MB: worth it for what numpy cannot multiply as fast.
+    with_torch = recipe.mantissa_bits == 8 or bool(ray.get_gpu_ids())
+    return fold_group(
+        store_from_wire(store_wire),
+        parent,
+        number,
+        terms,
+        DENOMINATOR_LOG2,
+        outer=outer,
+        record_key=fold_key(record.round_id, digest, number),
+        kernels=kernels.available() if with_torch else KERNELS,
+    )
+
+
+def _evaluate(
+    store_wire: str, record: RoundRecord, manifest: Manifest, parent: Manifest, max_examples: int, folder: Path
+) -> Evaluation:
+    from aggregator.evaluate import heldout_loss
+
+    store = store_from_wire(store_wire)
+    dataset, recipe = record.request.dataset, record.request.recipe
+    card = _read_card(store, dataset)
+    rows = _read_heldout(store, card)[:max_examples]
+    blobs = folder / "blobs"
+
+    def measure(version: Manifest) -> Any:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="version-") as path:
+            checkout(store, version, blobs, Path(path))
+            return heldout_loss(Path(path), rows, max_tokens=recipe.max_tokens, threads=_threads())
+
+    folder.mkdir(parents=True, exist_ok=True)
+    loss = measure(manifest)
+    known = _loss_known(store, parent, card, recipe, (loss.examples, loss.tokens))
+    parent_loss = known if known is not None else measure(parent).loss
+    prune(blobs, {file.sha256 for version in (manifest, parent) for file in version.export_files()})
+    return Evaluation(
+        heldout_loss=loss.loss, parent_heldout_loss=parent_loss, examples=loss.examples, tokens=loss.tokens
+    )
+
+
+def _threads() -> int:
+    return min(EVALUATION_THREADS, os.cpu_count() or 1)
+
+
+def _read_card(store: Store, dataset: str) -> DatasetCard:
+    try:
+        return DatasetCard.model_validate_json(store.get(dataset_key(dataset), max_bytes=MAX_RECORD_BYTES))
+    except ValidationError as exc:
+        raise IntegrityError(f"the card of dataset {dataset} cannot be read") from exc
+
+
+def _read_heldout(store: Store, card: DatasetCard) -> list[dict[str, Any]]:
+    """The held-out rows, hash-checked."""
+    data = store.get(heldout_key(card.dataset, card.heldout.sha256), max_bytes=MAX_HELDOUT_BYTES)
+    if hashlib.sha256(data).hexdigest() != card.heldout.sha256:
+        raise IntegrityError(f"the held-out rows of {card.dataset} do not have the hash that its card gives")
+    return [json.loads(line) for line in data.splitlines() if line.strip()]
+
+
+def _loss_known(
+    store: Store, parent: Manifest, card: DatasetCard, recipe: Recipe, scored: tuple[int, int]
+) -> float | None:
+    """The parent's loss, when its own round measured it on the same rows, cut and scored in the same way."""
+    before = parent.evaluation
+    if before is None or parent.round_id is None or parent.recipe is None:
+        return None
+    try:
+        data = store.get(round_key(parent.round_id), max_bytes=MAX_RECORD_BYTES)
+        dataset = RoundRecord.model_validate_json(data).request.dataset
+    except (NotFoundError, ValidationError):
+        return None
+    same_rows = dataset == card.dataset and card.created_at <= parent.created_at
+    same_way = parent.recipe.max_tokens == recipe.max_tokens and (before.examples, before.tokens) == scored
+    return before.heldout_loss if same_rows and same_way else None
+
+
+admit_task = ray.remote(num_cpus=1)(_admit)
+gram_task = ray.remote(num_cpus=1)(_gram)
+losses_task = ray.remote(num_cpus=1, max_retries=1)(_losses)
+fold_group_task = ray.remote(num_cpus=1)(_fold_group)
+evaluate_task = ray.remote(num_cpus=1, max_retries=1)(_evaluate)

@@ -1,0 +1,56 @@
+"""Training a submission's shard again on the organiser's machine, for audits: the volunteer's own trainer as a child.
+
+Aggregator and worker never import each other; the process that is assembled here knows both. The function is handed to
+the pipeline and runs in a task of the cluster. Same recipe, seed and targets: only the machine differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from rankup.errors import IntegrityError
+from rankup.records import RoundRecord, Submission
+from rankup.store import Store, blob_key
+
+MAX_THREADS = 4
+
+
+def retrain(store: Store, record: RoundRecord, submission: Submission, base: Path, folder: Path) -> Path:
+    """Train the shard of `submission` from the version in the folder `base`; returns the delta, a file in `folder`.
+
+    Raises IntegrityError where the shard's bytes are not those of the record, what the store raises, and what
+    `worker.training.run_trainer` raises.
+    """
+    from coordinator.grants import seed_of
+    from worker.device import usable_threads
+    from worker.job import Job
+    from worker.training import run_trainer
+
+    statement, shard = submission.statement, record.shards[submission.shard]
+    job = Job(
+        round_id=record.round_id,
+        lease_id=statement.lease_id,
+        fence=statement.fence,
+        model=record.request.model,
+        base_manifest=record.base_manifest,
+        base_folder=base,
+        shard_file=folder / "shard.jsonl",
+        delta_file=folder / "again.delta",
+        recipe=record.request.recipe,
+        seed=seed_of(record.round_id, statement.lease_id),
+        targets=record.targets,
+        threads=min(MAX_THREADS, usable_threads(0)),
+    )
+    store.get_file(blob_key(shard.sha256), job.shard_file)
+    with job.shard_file.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            raise IntegrityError(f"the shard {shard.sha256[:12]}… of round {record.round_id} has other bytes")
+    run_trainer(
+        job,
+        folder / "job.json",
+        folder / "trainer.log",
+        on_line=lambda _line: None,
+        stop_reason=lambda: None,
+    )
+    return job.delta_file

@@ -1,0 +1,96 @@
+"""The recipe: how a shard is trained and how a round's contributions become one step, in full, as a typed object.
+
+A round states it and the manifest of its version repeats it, so a version says how it was made. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from rankup.message import Dyadic, Finite, Message, TensorName
+
+MAX_RANK: Final = 1024
+
+Rule = Literal["mean_by_tokens", "multi_krum", "geometric_median", "centred_clipping"]
+"""How weights are chosen from the contributions: see `aggregator.rules`."""
+
+
+class OuterStep(Message):
+    """What the sum of a round does to the weights: SGD, or Nesterov momentum as in DiLoCo (arXiv:2311.08105).
+
+    With D the round's sum, in float32, each operation rounded on its own (docs/numerics.md, "The outer step"):
+
+        M <- momentum·M + D
+        W <- W + learning_rate·(D + momentum·M)
+
+    With momentum 0 no state is kept; with learning rate 1 besides, W <- W + D.
+    """
+
+    learning_rate: Annotated[Dyadic, Field(gt=0)] = 1.0
+    momentum: Annotated[Dyadic, Field(lt=1)] = 0.0
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a float32 momentum stands beside the master."""
+        return self.momentum > 0
+
+
+class Aggregation(Message):
+    """How accepted contributions become one step: screening of the cohort, weights, outer step."""
+
+    rule: Rule = "mean_by_tokens"
+    clip_norm_ratio: Annotated[Finite, Field(ge=1, le=1e6)] = 1.5
+    """A contribution whose Frobenius norm exceeds this multiple of the cohort's median is scaled down to it."""
+    byzantine_share: Annotated[Finite, Field(ge=0, lt=0.5)] = 0.3
+    """Share of bad contributions that the rule should withstand; the mean does not use it."""
+    max_cosine: Annotated[Finite, Field(gt=0, le=1)] | None = 0.98
+    """Of contributions that are more alike than this, the first one counts; None lets all count."""
+    max_loss_mads: Annotated[Finite, Field(gt=0, le=1e6)] | None = 3.0
+    """A contribution counts if its held-out loss is at most this many median absolute deviations above the cohort's
+    median; None leaves contributions unmeasured."""
+    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
+    """How many versions older than the round's base a delta's own base may be."""
+    staleness_decay: Annotated[Dyadic, Field(gt=0, le=1)] = 0.5
+    """Factor of a delta's weight for each version that its base is older."""
+    outer: OuterStep = OuterStep()
+
+
+class Recipe(Message):
+    """How a shard is trained and how the round is summed. A round states it in full and the manifest repeats it.
+
+    The delta of a layer is `scaling * B @ A` with `scaling = alpha / rank` (or `alpha / sqrt(rank)` with `rslora`,
+    arXiv:2312.03732); the worker folds the scaling into B, so nobody downstream needs to know it.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
+    rank_pattern: Annotated[dict[TensorName, Annotated[int, Field(ge=1, le=MAX_RANK)]], Field(max_length=256)] = Field(
+        default_factory=dict
+    )
+    """Last parts of module names -> rank of their layers, where it is not `rank`; the longest name that fits counts."""
+    alpha: Annotated[Finite, Field(gt=0, le=65536)] = 16.0
+    rslora: bool = False
+    learning_rate: Annotated[Finite, Field(gt=0, le=1)] = 5e-4
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 25
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
+    max_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 128
+    """Longest example, in tokens; longer ones are cut."""
+    warmup_steps: Annotated[int, Field(ge=0, le=100_000)] = 3
+    lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
+    weight_decay: Annotated[Finite, Field(ge=0, le=10)] = 0.0
+    max_grad_norm: Annotated[Finite, Field(gt=0, le=1e6)] = 1.0
+    target_modules: Literal["all-linear"] | Annotated[tuple[TensorName, ...], Field(min_length=1, max_length=256)] = (
+        "all-linear"
+    )
+    """Every linear layer but the output head, or the last parts of module names, as in peft: also of the head and of
+    embeddings."""
+    target_parameters: Annotated[tuple[TensorName, ...], Field(max_length=256)] = ()
+    """Last parts of the names of stacked expert weights, as in peft."""
+    train_vectors: bool = False
+    """Train biases and the scales of norms too, as full deltas."""
+    partial: bool = False
+    """A delta may leave out weights of the recipe, and have a lower rank than it in any case."""
+    mantissa_bits: Literal[16, 8] = 16
+    """Width of a delta's numbers: 8 halves the upload and costs about two per cent of each product."""
+    aggregation: Aggregation = Aggregation()
