@@ -61,7 +61,7 @@ def import_model(
     typer.secho(f"{name} version 0 is published", fg="green")
     typer.echo(f"  base     {manifest.base_model} ({manifest.licence})")
     typer.echo(
-        f"  export   {size} in {len(manifest.export_files())} files, {len(manifest.targets())} layers can be trained"
+        f"  export   {size} in {len(manifest.export_files())} files, {len(manifest.targets())} weights can be trained"
     )
 
 

@@ -110,7 +110,7 @@ def rank_of_update(store: Store, oldest: Manifest, latest: Manifest) -> RankOfUp
     """Numerical rank of the accumulated update of the middle trained layer, from the published masters alone."""
     import numpy as np
 
-    names = list(latest.targets())
+    names = [name for name, target in latest.targets().items() if target.role == "linear"]
     name = names[len(names) // 2]
     newest = _master(store, latest, name)
     update = newest.astype(np.float64) - _master(store, oldest, name).astype(np.float64)

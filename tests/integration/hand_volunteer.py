@@ -112,10 +112,9 @@ def header_of(lease: LeaseGrant) -> DeltaHeader:
 
 def random_factors(lease: LeaseGrant, *, seed: int, scale: float = 1e-3) -> dict[str, Factors]:
     rng = np.random.default_rng(seed)
-    rank = lease.recipe.rank
     return {
-        name: quantise(scale * rng.normal(size=(target.d_out, rank)), rng.normal(size=(rank, target.d_in)))
-        for name, target in lease.targets.items()
+        name: quantise(scale * rng.normal(size=(one.d_out, one.rank)), rng.normal(size=(one.rank, one.d_in)))
+        for name, one in lease.targets.items()
     }
 
 

@@ -72,14 +72,14 @@ class Server:
         self.process.wait(STOP_S)
 
 
-def start_server(home: Path, port: int | None = None) -> Server:
-    """`rankup up`, ready to be joined."""
+def start_server(home: Path, port: int | None = None, **more: str) -> Server:
+    """`rankup up`, ready to be joined; `more` goes into its environment."""
     port = port or free_port()
     home.mkdir(parents=True, exist_ok=True)
     log = home / "up.log"
     process = subprocess.Popen(
         [sys.executable, "-m", "rankup", "up", "--port", str(port)],
-        env=os.environ | {"RANKUP_HOME": str(home)},
+        env=os.environ | {"RANKUP_HOME": str(home)} | more,
         stdout=log.open("wb"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
