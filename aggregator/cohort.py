@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -51,11 +51,14 @@ contribution would take longer than the arithmetic."""
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Held-out losses in nats per scored token, all on the same rows."""
+class Measured:
+    """What was measured of contributions on held-out rows, in nats per scored token; empty where nothing was."""
 
-    base: float
-    by_contribution: Mapping[str, float]
+    base_loss: float | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Contribution -> loss of base + delta."""
+    descents: Mapping[str, float] = field(default_factory=dict)
+    """Contribution -> how fast the loss falls along it at first."""
 
 
 def accepted_receipts(record: RoundRecord, receipts: Sequence[Receipt]) -> list[Receipt]:
@@ -137,12 +140,12 @@ def decide(
     record: RoundRecord,
     receipts: Sequence[Receipt],
     grams: Sequence[NDArray[np.float64]],
-    losses: Losses | None,
+    measured: Measured,
     now: float,
 ) -> Cohort:
     """Screen and weigh `accepted_receipts`; `grams` has one matrix for each of their `buckets`.
 
-    `losses` are None where nobody measured them. Raises InputError when no contribution passed the screening.
+    Raises InputError when no contribution passed the screening.
     """
     aggregation = record.request.recipe.aggregation
     verdicts: list[Verdict] = []
@@ -150,11 +153,12 @@ def decide(
     for part, gram in zip(buckets(len(receipts)), grams, strict=True):
         members = receipts[part]
         found = screen(
-            [_candidate(receipt, losses) for receipt in members],
+            [_candidate(receipt, measured) for receipt in members],
             gram,
-            base_loss=losses.base if losses is not None else None,
+            base_loss=measured.base_loss,
             max_cosine=aggregation.max_cosine,
             max_loss_mads=aggregation.max_loss_mads,
+            min_descent=aggregation.min_descent,
         )
         verdicts += found
         shares.append(_weigh_part(record, members, found, gram))
@@ -172,7 +176,7 @@ def decide(
         round_id=record.round_id,
         rule=aggregation.rule,
         denominator_log2=DENOMINATOR_LOG2,
-        base_loss=losses.base if losses is not None else None,
+        base_loss=measured.base_loss,
         members=tuple(
             Member(contribution=verdict.contribution, checks=verdict.checks, coefficient=coefficient)
             for verdict, coefficient in zip(verdicts, coefficients, strict=True)
@@ -181,14 +185,15 @@ def decide(
     )
 
 
-def _candidate(receipt: Receipt, losses: Losses | None) -> Candidate:
+def _candidate(receipt: Receipt, measured: Measured) -> Candidate:
     statement = receipt.submission.statement
     return Candidate(
         contribution=statement.sha256,
         tokens=statement.tokens,
         submitted_at=receipt.submission.submitted_at,
         norm=receipt.norm,
-        loss=losses.by_contribution.get(statement.sha256) if losses is not None else None,
+        loss=measured.losses.get(statement.sha256),
+        descent=measured.descents.get(statement.sha256),
     )
 
 

@@ -65,18 +65,26 @@ def heldout_loss(
     if max_tokens < 2 or batch_size < 1:
         raise InputError(f"cannot score {max_tokens} tokens a row in batches of {batch_size}")
     tokenizer = load_tokenizer(folder)
-    examples = [example for row in rows if (example := encode(tokenizer, row, max_tokens)) is not None]
-    if not examples:
-        raise InputError(f"none of the {len(rows)} held-out rows has a token to score within {max_tokens} tokens")
-    # Rows of about the same length share a batch, so little of it is padding.
-    examples.sort(key=lambda example: (len(example.ids), example.ids))
+    examples = encode_rows(tokenizer, rows, max_tokens)
     with limited_threads(threads), torch.inference_mode():
         model = load_model(folder)
         vocabulary = int(model.config.get_text_config().vocab_size)
         batches = in_batches(examples, batch_size, vocabulary)
-        sums = [batch_nats(model, batch, tokenizer.pad_token_id or 0) for batch in batches]
+        sums = [float(batch_nats(model, batch, tokenizer.pad_token_id or 0)) for batch in batches]
     tokens = sum(len(example.ids) - example.scored_from for example in examples)
     return Loss(loss=math.fsum(sums) / tokens, examples=len(examples), tokens=tokens)
+
+
+def encode_rows(tokenizer: Any, rows: Sequence[Mapping[str, Any]], max_tokens: int) -> list[Example]:
+    """The rows that have a token to score, by their length: what shares a batch then needs little padding.
+
+    Raises:
+        InputError: no row has one, and what `encode` raises.
+    """
+    examples = [example for row in rows if (example := encode(tokenizer, row, max_tokens)) is not None]
+    if not examples:
+        raise InputError(f"none of the {len(rows)} held-out rows has a token to score within {max_tokens} tokens")
+    return sorted(examples, key=lambda example: (len(example.ids), example.ids))
 
 
 def encode(tokenizer: Any, row: Mapping[str, Any], max_tokens: int) -> Example | None:
@@ -237,8 +245,8 @@ def in_batches(examples: Sequence[Example], batch_size: int, vocabulary: int) ->
         yield batch
 
 
-def batch_nats(model: Any, batch: Sequence[Example], pad: int) -> float:
-    """Sum of -ln p over the scored tokens of a batch, added up in float64."""
+def batch_nats(model: Any, batch: Sequence[Example], pad: int) -> Any:
+    """Sum of -ln p over the scored tokens of a batch: a float64 tensor without dimensions."""
     import torch
 
     longest = max(len(example.ids) for example in batch)
@@ -253,4 +261,4 @@ def batch_nats(model: Any, batch: Sequence[Example], pad: int) -> float:
     chosen = scored[:, 1:]
     # The logits at one place predict the token at the next.
     nats = torch.nn.functional.cross_entropy(logits[:, :-1][chosen].float(), ids[:, 1:][chosen], reduction="none")
-    return float(nats.double().sum())
+    return nats.double().sum()

@@ -31,7 +31,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregator.evaluate import Example, batch_nats, encode, in_batches, limited_threads, load_model, load_tokenizer
+from aggregator.evaluate import (
+    Example,
+    batch_nats,
+    encode_rows,
+    in_batches,
+    limited_threads,
+    load_model,
+    load_tokenizer,
+)
 from aggregator.lowrank import Source
 from rankup.errors import InputError
 from rankup.fixedpoint import Factors
@@ -78,12 +86,7 @@ def heldout_losses(
     if max_tokens < 2 or max_rows < 1 or batch_size < 1:
         raise InputError(f"cannot score {max_rows} rows of {max_tokens} tokens in batches of {batch_size}")
     tokenizer = load_tokenizer(folder)
-    examples = [example for row in rows[:max_rows] if (example := encode(tokenizer, row, max_tokens)) is not None]
-    if not examples:
-        raise InputError(
-            f"none of {len(rows[:max_rows])} held-out rows has a token to score within {max_tokens} tokens"
-        )
-    examples.sort(key=lambda example: (len(example.ids), example.ids))  # as `evaluate` does: less padding
+    examples = encode_rows(tokenizer, rows[:max_rows], max_tokens)
     with limited_threads(threads), torch.inference_mode():
         model = load_model(folder)
         places = weight_places(model)
@@ -105,7 +108,7 @@ def heldout_losses(
 
 def _loss(model: Any, batches: Sequence[Sequence[Example]], pad: int) -> float:
     tokens = sum(len(example.ids) - example.scored_from for batch in batches for example in batch)
-    return math.fsum(batch_nats(model, batch, pad) for batch in batches) / tokens
+    return math.fsum(float(batch_nats(model, batch, pad)) for batch in batches) / tokens
 
 
 # -- base + delta ------------------------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ def added(places: Mapping[str, _Place], delta: Source, names: Sequence[str]) -> 
             place = places.get(name)
             if place is None:
                 raise InputError(f"the base has no weight {name}")
-            _require_shape(name, factors, tuple(place.weight.shape))
+            require_shape(name, factors, tuple(place.weight.shape))
             hooks = [_hook(module, local, factors) for module, local in place.holders]
             if len(factors) == 1 and all(hook is not None for hook in hooks):
                 for (module, _), hook in zip(place.holders, hooks, strict=True):
@@ -146,7 +149,8 @@ def added(places: Mapping[str, _Place], delta: Source, names: Sequence[str]) -> 
         yield
 
 
-def _require_shape(name: str, factors: Sequence[Factors], shape: tuple[int, ...]) -> None:
+def require_shape(name: str, factors: Sequence[Factors], shape: tuple[int, ...]) -> None:
+    """Raise InputError unless these products change a weight of `shape`."""
     found = {(factor.d_out, factor.d_in) for factor in factors}
     wanted = {1: (shape[0], 1), 2: shape, 3: shape[1:]}.get(len(shape))
     if found != {wanted} or len(factors) != (shape[0] if len(shape) == 3 else 1):

@@ -19,7 +19,7 @@ from aggregator import tasks
 from aggregator.audit import chosen
 from aggregator.cohort import (
     DENOMINATOR_LOG2,
-    Losses,
+    Measured,
     accepted_receipts,
     blob_of,
     buckets,
@@ -32,7 +32,7 @@ from aggregator.fold import next_tensors, store_from_wire
 from aggregator.publish import carried_files, load_version, loadable_files, publish_manifest, version_files
 from aggregator.screening import MIN_COMPARED
 from rankup.protocol import Pointer
-from rankup.records import Cohort, Evaluation, FoldedGroup, Manifest, Receipt, RoundRecord, Submission, Term
+from rankup.records import BlobRef, Cohort, Evaluation, FoldedGroup, Manifest, Receipt, RoundRecord, Submission, Term
 from rankup.settings import CoordinatorSettings, StoreSettings, state_home
 from rankup.signing import load_private_key, public_key_hex, sign_bytes
 from rankup.store import Store
@@ -126,25 +126,32 @@ class Pipeline:
                 for part in buckets(len(refs))
             )
         )
-        losses = None
-        if record.request.recipe.aggregation.max_loss_mads is not None and len(refs) >= MIN_COMPARED:
-            measured: list[Losses] = await asyncio.gather(
-                *(
-                    tasks.result_of(
-                        tasks.losses_task.remote(
-                            self._store_wire,
-                            record,
-                            parent,
-                            refs[start : start + LOSSES_A_TASK],
-                            self._settings.screening_examples,
-                            self._cache,
-                        )
-                    )
-                    for start in range(0, len(refs), LOSSES_A_TASK)
-                )
+        measured = await self._measure(record, refs, parent)
+        return await asyncio.to_thread(decide, record, members, await grams, measured, now)
+
+    async def _measure(self, record: RoundRecord, refs: Sequence[BlobRef], parent: object) -> Measured:
+        """Losses and slopes on held-out rows, where the recipe asks for them and there is a cohort to compare with."""
+        aggregation = record.request.recipe.aggregation
+        if len(refs) < MIN_COMPARED:
+            return Measured()
+        wanted = []
+        if aggregation.max_loss_mads is not None:
+            for start in range(0, len(refs), LOSSES_A_TASK):
+                part = refs[start : start + LOSSES_A_TASK]
+                wanted.append((tasks.losses_task, part, self._settings.screening_examples))
+        if aggregation.min_descent is not None:
+            wanted.append((tasks.descents_task, refs, self._settings.descent_examples))
+        found: list[Measured] = await asyncio.gather(
+            *(
+                tasks.result_of(task.remote(self._store_wire, record, parent, part, rows, self._cache))
+                for task, part, rows in wanted
             )
-            losses = Losses(measured[0].base, {k: v for part in measured for k, v in part.by_contribution.items()})
-        return await asyncio.to_thread(decide, record, members, await grams, losses, now)
+        )
+        return Measured(
+            base_loss=next((part.base_loss for part in found if part.base_loss is not None), None),
+            losses={digest: loss for part in found for digest, loss in part.losses.items()},
+            descents={digest: value for part in found for digest, value in part.descents.items()},
+        )
 
     def _audits(self, record: RoundRecord, submission: Submission, valid_in_a_row: int) -> bool:
         if self._retrain is None or submission.statement.base_manifest != record.base_manifest:

@@ -1,6 +1,6 @@
 """Screening: which accepted contributions of a round take part in its sum, judged beside each other.
 
-    screen(cohort, gram, *, base_loss, max_cosine, max_loss_mads) -> one Verdict for each Candidate, in their order
+    screen(cohort, gram, *, base_loss, max_cosine, max_loss_mads, min_descent) -> a Verdict for each Candidate, in order
     screened_weights(verdicts, gram, tokens, *, rule, clip_norm_ratio, byzantine_share) -> (n,) float64
 
 What always holds:
@@ -34,6 +34,8 @@ SmolLM2-135M are at 0.07, those to `aggregator.tiny` at 0.37 to 0.41 on docstrin
 are one sentence with other figures (rank 8 in a model of width 64)."""
 MAX_LOSS_MADS = 3.0
 """Default limit of held-out loss. Three median absolute deviations are two standard deviations of a normal spread."""
+MIN_DESCENT = 0.25
+"""Default least slope of the held-out loss, as a share of the cohort's median."""
 MIN_COMPARED = 4
 """A median of fewer losses says nothing: one bad contribution of three moves it, and the deviation with it."""
 MAD_FLOOR = 0.002
@@ -56,6 +58,9 @@ class Candidate:
     """Frobenius norm of the whole delta."""
     loss: float | None = None
     """Held-out loss of base + delta, in nats per scored token; None where it was not measured."""
+    descent: float | None = None
+    """How fast the held-out loss falls along the delta at first, in nats per scored token (`aggregator.descent`); None
+    where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,9 @@ def screen(
     base_loss: float | None = None,
     max_cosine: float | None = MAX_COSINE,
     max_loss_mads: float | None = MAX_LOSS_MADS,
+    min_descent: float | None = MIN_DESCENT,
 ) -> list[Verdict]:
-    """Judge a cohort by the checks "near_duplicate" and "heldout"; a limit of None leaves its check out.
+    """Judge a cohort by the checks "near_duplicate", "heldout" and "descent"; a limit of None leaves its check out.
 
     `gram` (n, n) is that of the whole deltas, in the cohort's order. `base_loss` is the held-out loss of the base on
     the same rows. Copies are dropped before losses are compared, so nobody moves the median by handing in copies.
@@ -101,6 +107,13 @@ def screen(
         for candidate, checks in zip(cohort, found, strict=True):
             if candidate.loss is not None:
                 checks.append(_heldout(candidate.loss, limit))
+    if min_descent is not None:
+        compared = [place for place, checks in enumerate(found) if all(check.passed for check in checks)]
+        least = _descent_limit([_slope(cohort[place]) for place in compared], min_descent)
+        for candidate, checks in zip(cohort, found, strict=True):
+            slope = _slope(candidate)
+            if slope is not None:
+                checks.append(_descent(slope, least))
     return [Verdict(candidate.contribution, tuple(checks)) for candidate, checks in zip(cohort, found, strict=True)]
 
 
@@ -165,6 +178,29 @@ def _loss_limit(losses: Sequence[float | None], base_loss: float | None, mads: f
     median = statistics.median(known)
     deviation = statistics.median(abs(loss - median) for loss in known)
     return median + mads * max(deviation, MAD_FLOOR * (median if base_loss is None else base_loss))
+
+
+def _slope(candidate: Candidate) -> float | None:
+    """The descent for each unit of the delta's norm."""
+    return None if candidate.descent is None or not candidate.norm > 0 else candidate.descent / candidate.norm
+
+
+def _descent_limit(slopes: Sequence[float | None], share: float) -> float:
+    """`share` of the median of the finite slopes; -infinity where there are too few or the median is not above 0."""
+    known = [slope for slope in slopes if slope is not None and math.isfinite(slope)]
+    if len(known) < MIN_COMPARED:
+        return -math.inf
+    median = statistics.median(known)
+    return share * median if median > 0 else -math.inf
+
+
+def _descent(slope: float, least: float) -> Check:
+    if not math.isfinite(slope):
+        return Check(name="descent", passed=False, detail="the held-out loss has no finite slope along this delta")
+    if slope < least:
+        detail = f"the held-out loss falls by {slope:.3g} along each unit of this delta; {least:.3g} is the least"
+        return Check(name="descent", passed=False, value=slope, detail=detail)
+    return Check(name="descent", passed=True, value=slope)
 
 
 def _heldout(loss: float, limit: float) -> Check:

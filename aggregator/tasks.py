@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pydantic import ValidationError
 from aggregator import kernels
 from aggregator.audit import agreement, judge
 from aggregator.checkout import checkout, prune
-from aggregator.cohort import DENOMINATOR_LOG2, Losses, StoredDelta, bucket_gram, factors_of
+from aggregator.cohort import DENOMINATOR_LOG2, Measured, StoredDelta, bucket_gram, factors_of
 from aggregator.fold import fold_digest, fold_group, store_from_wire
 from aggregator.intake import admit
 from rankup.delta import DeltaReader
@@ -139,33 +140,71 @@ def _losses(
     contributions: Sequence[BlobRef],
     max_examples: int,
     folder: Path,
-) -> Losses:
-    """Held-out losses of the base with each delta, on rows that the round's name chooses."""
+) -> Measured:
+    """Held-out losses of the base with each delta."""
     from aggregator.losses import heldout_losses
 
-    store = store_from_wire(store_wire)
-    rows = _read_heldout(store, _read_card(store, record.request.dataset))
-    chosen = sorted(range(len(rows)), key=lambda row: hashlib.sha256(f"{record.round_id}|{row}".encode()).digest())
-    names = sorted(record.targets)
-
-    def read(ref: BlobRef) -> StoredDelta:
-        delta = StoredDelta(store, ref)
-        delta.fetch(names)
-        return delta
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="version-") as base:
-        checkout(store, parent, folder / "blobs", Path(base))
+    store, names = store_from_wire(store_wire), sorted(record.targets)
+    with _base(store, parent, folder) as base:
         base_loss, losses = heldout_losses(
-            Path(base),
-            [rows[row] for row in chosen],
-            (read(ref) for ref in contributions),
+            base,
+            _drawn_rows(store, record, "loss"),
+            _fetched(store, contributions, names),
             names,
             max_tokens=record.request.recipe.max_tokens,
             max_rows=max_examples,
             threads=_threads(),
         )
-    return Losses(base_loss, {ref.sha256: loss for ref, loss in zip(contributions, losses, strict=True)})
+    return Measured(base_loss, {ref.sha256: loss for ref, loss in zip(contributions, losses, strict=True)})
+
+
+def _descents(
+    store_wire: str,
+    record: RoundRecord,
+    parent: Manifest,
+    contributions: Sequence[BlobRef],
+    max_examples: int,
+    folder: Path,
+) -> Measured:
+    """How fast the held-out loss falls along each delta at first."""
+    from aggregator.descent import heldout_descents
+
+    store, names = store_from_wire(store_wire), sorted(record.targets)
+    with _base(store, parent, folder) as base:
+        found = heldout_descents(
+            base,
+            _drawn_rows(store, record, "descent"),
+            _fetched(store, contributions, names),
+            names,
+            max_tokens=record.request.recipe.max_tokens,
+            max_rows=max_examples,
+            threads=_threads(),
+        )
+    return Measured(descents={ref.sha256: value for ref, value in zip(contributions, found, strict=True)})
+
+
+@contextmanager
+def _base(store: Store, parent: Manifest, folder: Path) -> Iterator[Path]:
+    """The version that the round is on, as a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="version-") as base:
+        checkout(store, parent, folder / "blobs", Path(base))
+        yield Path(base)
+
+
+def _drawn_rows(store: Store, record: RoundRecord, purpose: str) -> list[dict[str, Any]]:
+    """The held-out rows in an order that nobody knows before the round has its name: each round looks at other ones."""
+    rows = _read_heldout(store, _read_card(store, record.request.dataset))
+    seed = f"{record.round_id}|{purpose}|"
+    return [rows[n] for n in sorted(range(len(rows)), key=lambda n: hashlib.sha256(f"{seed}{n}".encode()).digest())]
+
+
+def _fetched(store: Store, contributions: Sequence[BlobRef], names: Sequence[str]) -> Iterator[StoredDelta]:
+    """One delta after the other, read in one request each."""
+    for ref in contributions:
+        delta = StoredDelta(store, ref)
+        delta.fetch(names)
+        yield delta
 
 
 # -- fold and evaluation -----------------------------------------------------------------------------------------------
@@ -256,5 +295,6 @@ def _loss_known(
 admit_task = ray.remote(num_cpus=1)(_admit)
 gram_task = ray.remote(num_cpus=1)(_gram)
 losses_task = ray.remote(num_cpus=1, max_retries=1)(_losses)
+descents_task = ray.remote(num_cpus=1, max_retries=1)(_descents)
 fold_group_task = ray.remote(num_cpus=1)(_fold_group)
 evaluate_task = ray.remote(num_cpus=1, max_retries=1)(_evaluate)

@@ -50,6 +50,9 @@ class Aggregation(Message):
     max_loss_mads: Annotated[Finite, Field(gt=0, le=1e6)] | None = 3.0
     """A contribution counts if its held-out loss is at most this many median absolute deviations above the cohort's
     median; None leaves contributions unmeasured."""
+    min_descent: Annotated[Finite, Field(ge=0, lt=1)] | None = 0.25
+    """A contribution counts if the held-out loss falls along it, at first, by at least this share of what it does along
+    the cohort's median one; None leaves slopes unmeasured."""
     max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
     """How many versions older than the round's base a delta's own base may be."""
     staleness_decay: Annotated[Dyadic, Field(gt=0, le=1)] = 0.5

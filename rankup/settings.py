@@ -103,6 +103,8 @@ class CoordinatorSettings(RoomSettings):
     """Held-out rows that the release gate scores."""
     screening_examples: int = Field(default=32, ge=1)
     """Held-out rows that each contribution of a cohort is scored on; every round draws others."""
+    descent_examples: int = Field(default=192, ge=1)
+    """Held-out rows whose gradient the cohort's contributions are compared with; every round draws others."""
     audits: bool = False
     """Train some shards again on the cluster, before their deltas are accepted: of a new volunteer every one, of a
     proven one ever fewer. An audit costs as much computing as the work that it checks."""

@@ -14,7 +14,7 @@ from toy_world import LORA, NOW, World
 from aggregator import cohort
 from aggregator.cohort import (
     DENOMINATOR_LOG2,
-    Losses,
+    Measured,
     accepted_receipts,
     blob_of,
     bucket_gram,
@@ -53,12 +53,12 @@ def by_shard(world: World, receipts: list[Receipt], found: cohort.Cohort) -> dic
     return {term.shard: term.coefficient for term in terms_of(world.record, found, receipts)}
 
 
-def weigh(world: World, receipts: list[Receipt], losses: Losses | None = None) -> dict[int, int]:
+def weigh(world: World, receipts: list[Receipt], measured: Measured | None = None) -> dict[int, int]:
     members = accepted_receipts(world.record, receipts)
     grams = [
         bucket_gram(world.store, [blob_of(r) for r in members[part]], sorted(LORA)) for part in buckets(len(members))
     ]
-    return by_shard(world, receipts, decide(world.record, members, grams, losses, NOW))
+    return by_shard(world, receipts, decide(world.record, members, grams, measured or Measured(), NOW))
 
 
 def with_aggregation(world: World, **changes: object) -> World:
@@ -94,7 +94,7 @@ def test_a_copy_that_came_later_is_left_out_and_its_receipt_says_so(world: World
     assert weights[0] == weights[1] == UNIT // 2
     members = accepted_receipts(world.record, [first, other, copy])
     gram = bucket_gram(world.store, [blob_of(r) for r in members], sorted(LORA))
-    settle(world.store, decide(world.record, members, [gram], None, NOW))
+    settle(world.store, decide(world.record, members, [gram], Measured(), NOW))
     key = receipt_key(world.record.round_id, copy.submission.statement.sha256)
     noted = Receipt.model_validate_json(world.store.get(key, max_bytes=10**6))
     assert noted.accepted
@@ -105,20 +105,29 @@ def test_a_copy_that_came_later_is_left_out_and_its_receipt_says_so(world: World
 def test_a_contribution_that_hurts_the_held_out_loss_is_left_out(world: World) -> None:
     receipts = [contribute(world, n) for n in range(4)]
     digests = [receipt.submission.statement.sha256 for receipt in receipts]
-    losses = Losses(3.0, dict(zip(digests, (2.9, 2.91, 2.92, 3.4), strict=True)))
+    losses = Measured(3.0, dict(zip(digests, (2.9, 2.91, 2.92, 3.4), strict=True)))
     weights = weigh(world, receipts, losses)
     assert weights[3] == 0
     assert sum(weights.values()) == UNIT
-    nobody = Losses(3.0, dict.fromkeys(digests, float("nan")))
+    nobody = Measured(3.0, dict.fromkeys(digests, float("nan")))
     with pytest.raises(InputError, match="none of the 4"):
         weigh(world, receipts, nobody)
+
+
+def test_a_contribution_along_which_the_loss_does_not_fall_is_left_out(world: World) -> None:
+    receipts = [contribute(world, n) for n in range(4)]
+    digests = [receipt.submission.statement.sha256 for receipt in receipts]
+    descents = dict(zip(digests, (0.5, 0.4, 0.6, -0.3), strict=True))
+    weights = weigh(world, receipts, Measured(descents=descents))
+    assert weights[3] == 0
+    assert sum(weights.values()) == UNIT
 
 
 def test_the_first_decision_stands_and_its_checks_are_noted_once(world: World) -> None:
     receipts = accepted_receipts(world.record, [contribute(world, n) for n in range(2)])
     gram = bucket_gram(world.store, [blob_of(receipt) for receipt in receipts], sorted(LORA))
-    first = settle(world.store, decide(world.record, receipts, [gram], None, NOW))
-    again = settle(world.store, decide(world.record, receipts, [gram], None, NOW + 50))
+    first = settle(world.store, decide(world.record, receipts, [gram], Measured(), NOW))
+    again = settle(world.store, decide(world.record, receipts, [gram], Measured(), NOW + 50))
     assert again == first == stored_cohort(world.store, world.record.round_id)
     for receipt in receipts:
         key = receipt_key(world.record.round_id, receipt.submission.statement.sha256)
@@ -134,7 +143,7 @@ def test_a_delta_of_an_older_base_counts_less_by_the_decay_and_names_its_base(wo
     assert sum(weights.values()) == UNIT
     assert abs(weights[1] - weights[0] / 4) <= 1
     gram = bucket_gram(aged.store, [blob_of(r) for r in members], sorted(LORA))
-    terms = terms_of(aged.record, decide(aged.record, members, [gram], None, NOW), receipts)
+    terms = terms_of(aged.record, decide(aged.record, members, [gram], Measured(), NOW), receipts)
     assert {term.shard: term.base_manifest for term in terms} == {0: None, 1: OLDER}
 
 
@@ -177,6 +186,6 @@ def test_a_decision_about_other_contributions_is_refused(world: World, tmp_path:
     receipts = [contribute(world, n) for n in range(2)]
     members = accepted_receipts(world.record, receipts)
     gram = bucket_gram(world.store, [blob_of(r) for r in members], sorted(LORA))
-    decided = decide(world.record, members, [gram], None, NOW)
+    decided = decide(world.record, members, [gram], Measured(), NOW)
     with pytest.raises(IntegrityError, match="other contributions"):
         terms_of(world.record, decided, [*receipts, contribute(world, 2)])

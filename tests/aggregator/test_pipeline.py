@@ -177,7 +177,9 @@ def test_a_round_is_admitted_folded_measured_published_and_replayed(
         decided = stored_cohort(s3_store, ROUND)
         assert decided is not None
         assert decided.base_loss is not None
-        assert all({check.name for check in one.checks} == {"near_duplicate", "heldout"} for one in decided.members)
+        assert all(
+            {check.name for check in one.checks} == {"near_duplicate", "heldout", "descent"} for one in decided.members
+        )
         assert all(
             group.momentum is not None
             for group in draft.groups

@@ -65,7 +65,7 @@ def test_an_audit_refuses_what_training_again_does_not_give_and_the_round_is_rep
         ]
         checks = [{check.name: check for check in receipt.checks} for receipt in receipts if receipt.accepted]
         assert len(checks) == 4
-        assert all({"norm", "near_duplicate", "heldout"} <= names.keys() for names in checks)
+        assert all({"norm", "near_duplicate", "heldout", "descent"} <= names.keys() for names in checks)
         audited = [names["audit"].value for names in checks if "audit" in names]
         assert len(audited) >= 2, "the first two of a new volunteer always are"
         assert all(cosine is not None and cosine > 0.98 for cosine in audited)
