@@ -146,13 +146,17 @@ def require_submission(
     for what, stated, wanted in (
         ("lease", said.lease_id, lease.lease_id),
         ("round", said.round_id, lease.round_id),
-        ("base manifest", said.base_manifest, record.base_manifest),
     ):
         if stated != wanted:
             raise InputError(
                 f"The statement names the {what} {stated}; this lease has {wanted}.",
                 remedy="State what came with the lease.",
             )
+    if record.staleness(said.base_manifest) is None:
+        raise InputError(
+            f"The statement names the base manifest {said.base_manifest}; this round is on {record.base_manifest}.",
+            remedy="Train on the version that came with the lease.",
+        )
     if said.fence != lease.fence:
         raise DeniedError(
             f"Lease {lease.lease_id} has fence {lease.fence}, the statement carries {said.fence}.",

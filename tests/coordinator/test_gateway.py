@@ -28,7 +28,7 @@ from rankup.records import Evaluation
 from rankup.settings import LedgerSettings, StoreSettings
 from rankup.signing import generate_private_key, parse_private_key, public_key_hex
 from rankup.store import MemoryStore, S3Store
-from rankup.versions import manifest_digest, open_envelope, upload_key
+from rankup.versions import manifest_digest, manifest_key, open_envelope, upload_key
 
 if TYPE_CHECKING:
     from conftest import ValkeyServer
@@ -77,6 +77,22 @@ def test_submitting_twice_is_one_submission_also_after_the_verdict_and_without_t
     answer = world.http.post(url, json=again, headers=ada.auth)
     assert (answer.status_code, answer.json()["state"]) == (202, LeaseState.ACCEPTED)
     assert world.http.get("/v1/leaderboard").json()["rows"][0]["accepted"] == 1
+
+
+@pytest.mark.parametrize(("max_staleness", "status"), [(0, 400), (1, 202)])
+def test_a_delta_of_the_version_before_is_welcome_where_the_recipe_says_so(
+    world: World, max_staleness: int, status: int
+) -> None:
+    _, older, _ = open_envelope(world.store.get(manifest_key("tiny", 0), max_bytes=10**6), publisher_key=None)
+    publish(world.store, world.publisher, make_manifest(1, older))
+    world.open_round(recipe={"aggregation": {"max_staleness": max_staleness}})
+    ada = world.join()
+    lease = world.claim(ada)
+    assert lease.base_version == 1
+    world.upload(lease, b"delta")
+    said = ada.submission(lease, b"delta", base_manifest=older)
+    answer = world.http.post(f"/v1/leases/{lease.lease_id}/submit", json=said, headers=ada.auth)
+    assert answer.status_code == status, answer.text
 
 
 def test_a_ticket_signs_length_and_hash_and_says_when_the_bytes_are_there(world: World) -> None:
