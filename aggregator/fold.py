@@ -33,7 +33,7 @@ from rankup.errors import ConflictError, IntegrityError, NotFoundError
 from rankup.foldrows import TILE_BYTES, Law, TensorTerm, Tile, fold_tiles
 from rankup.message import Digest, Message, canonical_json
 from rankup.products import KERNELS, Kernel
-from rankup.recipe import OuterStep
+from rankup.recipe import PLAIN_SUM, OuterStep
 from rankup.records import FoldedGroup, Group, Manifest, TensorEntry, Term
 from rankup.settings import StoreSettings
 from rankup.store import Store, blob_key, open_store
@@ -98,7 +98,7 @@ def fold_group(
         log.info("group_found", model=parent.model, version=parent.version + 1, group=number)
         return known
     started = time.perf_counter()
-    law = Law(denominator_log2, outer if outer is not None else OuterStep(), tuple(kernels), tile_bytes)
+    law = Law(denominator_log2, outer if outer is not None else PLAIN_SUM, tuple(kernels), tile_bytes)
     weighted = [term for term in sorted(terms, key=lambda term: term.contribution) if term.coefficient]
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         folding = _Folding(store, parent, group, list(pool.map(partial(_open_delta, store), weighted)), law, pool)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -30,7 +30,7 @@ from rankup.exactsum import Sum
 from rankup.fixedpoint import Factors
 from rankup.outer import outer_step
 from rankup.products import KERNELS, Kernel
-from rankup.recipe import OuterStep
+from rankup.recipe import PLAIN_SUM, OuterStep
 from rankup.records import TensorEntry
 from rankup.targets import Role, target_of
 
@@ -67,7 +67,7 @@ class Law:
     """How a round's terms become a step: the same for every tensor of it."""
 
     denominator_log2: int
-    outer: OuterStep = field(default_factory=OuterStep)
+    outer: OuterStep = PLAIN_SUM
     kernels: Sequence[Kernel] = KERNELS
     """Change the time, never a bit."""
     tile_bytes: int = TILE_BYTES

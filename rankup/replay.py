@@ -31,7 +31,7 @@ from rankup.dtypes import master_dtype
 from rankup.errors import DeltaError, InputError, IntegrityError
 from rankup.folder import folder_lock
 from rankup.foldrows import Law, ReadAt, TensorTerm, TileHashes, fold_tiles
-from rankup.recipe import OuterStep
+from rankup.recipe import PLAIN_SUM
 from rankup.records import BlobRef, Group, Manifest, TensorEntry, Term
 from rankup.sources import Patience, Source, patiently
 from rankup.targets import Target, select_targets
@@ -142,7 +142,7 @@ class _Round:
     """One round: the manifest that it made, the parent, and in `cache` what it was made of."""
 
     def __init__(self, manifest: Manifest, parent: Manifest, cache: Path) -> None:
-        outer = OuterStep() if manifest.recipe is None else manifest.recipe.aggregation.outer
+        outer = PLAIN_SUM if manifest.recipe is None else manifest.recipe.aggregation.outer
         self._manifest = manifest
         self._parent = parent
         self._cache = cache

@@ -34,8 +34,8 @@ def create(
     rule: str = typer.Option(
         None, help="How contributions are weighed: mean_by_tokens, multi_krum, geometric_median or centred_clipping."
     ),
-    momentum: float = typer.Option(None, help="Nesterov momentum of the outer step, such as 0.875; default: none."),
-    outer_lr: float = typer.Option(None, help="Learning rate of the outer step, such as 0.75; default: 1."),
+    momentum: float = typer.Option(None, help="Nesterov momentum of the outer step; default: 0.875."),
+    outer_lr: float = typer.Option(None, help="Learning rate of the outer step; default: 0.75."),
     server: str = SERVER,
     as_json: bool = JSON,
 ) -> None:
@@ -45,7 +45,7 @@ def create(
 
     - `rankup round create --model smollm2 --dataset pydocs --repeat 2 --shards 3 --steps 25`
     - `rankup round create --model smollm2 --dataset pydocs --shards 20 --rule multi_krum`
-    - `rankup round create --model smollm2 --dataset pydocs --repeat 8 --momentum 0.875 --outer-lr 0.75`
+    - `rankup round create --model smollm2 --dataset pydocs --repeat 8 --momentum 0 --outer-lr 1`
     - `rankup round create --file round.yaml`
     """
     from rankup.cli.http import call, organiser_token, server_url
@@ -60,8 +60,8 @@ def create(
     data |= _given(top)
     data["recipe"] = (data.get("recipe") or {}) | _given(recipe)
     aggregation = (data["recipe"].get("aggregation") or {}) | _given({"rule": rule})
-    aggregation["outer"] = (aggregation.get("outer") or {}) | _given({"momentum": momentum, "learning_rate": outer_lr})
-    data["recipe"]["aggregation"] = aggregation
+    outer = (aggregation.get("outer") or {}) | _given({"momentum": momentum, "learning_rate": outer_lr})
+    data["recipe"]["aggregation"] = aggregation | {"outer": outer}
     request = RoundRequest.model_validate(data)
     answer = call(
         "POST", server_url(server), "/v1/rounds", token=organiser_token(), body=request.model_dump(mode="json")

@@ -23,7 +23,7 @@ from rankup.fixedpoint import Factors, dequantise, quantise
 from rankup.message import canonical_json
 from rankup.outer import outer_step
 from rankup.products import NumpyKernel
-from rankup.recipe import OuterStep
+from rankup.recipe import PLAIN_SUM, OuterStep
 from rankup.records import FoldedGroup, Group, Manifest, TensorEntry, Term
 from rankup.store import MemoryStore, blob_key
 from rankup.targets import Role
@@ -240,7 +240,7 @@ def test_experts_vectors_and_partial_deltas_of_either_width_are_folded(
         for number, master in enumerate(matrices):
             pairs = [(c, change if isinstance(change, Factors) else change[number]) for c, change in changes]
             delta = fold_tensor(np.zeros_like(master), pairs, LOG2)
-            expected.append(outer_step(master, delta, None, outer or OuterStep())[0])
+            expected.append(outer_step(master, delta, None, outer or PLAIN_SUM)[0])
         found = read_tensor(world.store, groups[0].master, name)
         assert found.tobytes() == np.stack(expected).tobytes()
         assert entries[name].role == ROLES[name]
@@ -303,8 +303,8 @@ def test_a_round_without_momentum_drops_the_state(tmp_path: Path) -> None:
 
 def test_a_learning_rate_of_one_without_momentum_is_the_plain_sum(world: World) -> None:
     terms, _ = contribute(world, 2)
-    assert fold(world.store, world.parent, terms, OuterStep()) == fold(world.store, world.parent, terms)
-    assert fold(world.store, world.parent, terms, OuterStep(learning_rate=0.5)) != fold(
+    assert fold(world.store, world.parent, terms, PLAIN_SUM) == fold(world.store, world.parent, terms)
+    assert fold(world.store, world.parent, terms, OuterStep(learning_rate=0.5, momentum=0)) != fold(
         world.store, world.parent, terms
     )
 
@@ -376,7 +376,7 @@ def test_the_digest_of_a_fold_names_everything_that_its_bits_follow_from(world: 
         fold_digest(base, terms[1:], LOG2, NESTEROV),
         fold_digest(base, [terms[0].model_copy(update={"coefficient": 5}), *terms[1:]], LOG2, NESTEROV),
         fold_digest(base, terms, LOG2 - 1, NESTEROV),
-        fold_digest(base, terms, LOG2, OuterStep()),
+        fold_digest(base, terms, LOG2, PLAIN_SUM),
         fold_digest(base, terms, LOG2, OuterStep(learning_rate=0.5, momentum=0.875)),
     ]
     assert len({digest, *others}) == 7

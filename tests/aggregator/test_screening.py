@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.screening import MAD_FLOOR, Candidate, Verdict, screen, screened_weights
+from aggregator.screening import MAD_FLOOR, MAX_LOSS_MADS, Candidate, Verdict, screen, screened_weights
 from rankup.errors import InputError, StateError
 from rankup.records import Check
 
@@ -66,17 +66,45 @@ def test_without_a_limit_copies_count() -> None:
     assert all(verdict.passed for verdict in screen([candidate(0), candidate(1)], np.ones((2, 2)), max_cosine=None))
 
 
+# -- descent -----------------------------------------------------------------------------------------------------------
+
+DESCENTS = {
+    # median 1.0, so 0.25 is the least.
+    "one goes uphill": ((1.0, 1.2, 0.8, 1.0, -0.5), [4]),
+    "one hardly moves": ((1.0, 1.2, 0.8, 1.0, 0.2), [4]),
+    "a quarter is enough": ((1.0, 1.2, 0.8, 1.0, 0.26), []),
+    "where most go uphill nobody is judged": ((-1.0, -1.2, 0.8, -1.0, 0.1), []),
+    "three say nothing about each other": ((1.0, 1.0, -9.0), []),
+    "what is not finite fails in any cohort": ((1.0, math.nan), [1]),
+    "what was not measured is not judged": ((1.0, 1.2, 0.8, 1.0, None), []),
+}
+
+
+@pytest.mark.parametrize(("descents", "expected"), DESCENTS.values(), ids=DESCENTS.keys())
+@pytest.mark.parametrize("norm", [1.0, 8.0])
+def test_descents_of_named_cohorts_are_judged_by_the_unit_of_norm(
+    descents: tuple[float | None, ...], expected: list[int], norm: float
+) -> None:
+    cohort = [
+        replace(candidate(place), norm=norm, descent=None if value is None else norm * value)
+        for place, value in enumerate(descents)
+    ]
+    verdicts = screen(cohort, unlike(len(cohort)))
+    assert failed(verdicts, "descent") == expected
+    assert all(verdict.passed for verdict in screen(cohort, unlike(len(cohort)), min_descent=None))
+
+
 # -- held-out loss -----------------------------------------------------------------------------------------------------
 
 COHORTS = {
-    # median 2.0; MAD of (0.1, 0, 0.1, 0.2, 1.0) is 0.1; limit 2.3.
+    # median 2.0; MAD of (0.1, 0, 0.1, 0.2, 1.0) is 0.1; limit 2.4.
     "one is far above the others": ((1.9, 2.0, 2.1, 2.2, 3.0), [4]),
-    "just above three deviations": ((1.9, 2.0, 2.1, 1.8, 2.31), [4]),
-    "just below three deviations": ((1.9, 2.0, 2.1, 1.8, 2.29), []),
+    "just above four deviations": ((1.9, 2.0, 2.1, 1.8, 2.41), [4]),
+    "just below four deviations": ((1.9, 2.0, 2.1, 1.8, 2.39), []),
     "far below the others is welcome": ((2.0, 2.0, 2.1, 2.1, 0.5), []),
-    # The floor: 0.002 of the base's 3.0, three times: 0.018.
-    "almost equal losses": ((2.0, 2.0001, 2.0002, 2.0003, 2.015), []),
-    "above the floor": ((2.0, 2.0001, 2.0002, 2.0003, 2.019), [4]),
+    # The floor: 0.002 of the base's 3.0, four times: 0.024.
+    "almost equal losses": ((2.0, 2.0001, 2.0002, 2.0003, 2.021), []),
+    "above the floor": ((2.0, 2.0001, 2.0002, 2.0003, 2.025), [4]),
     "three say nothing about each other": ((2.0, 2.0, 9.0), []),
     "four do": ((2.0, 2.0, 2.0, 9.0), [3]),
     "what is not finite fails in any cohort": ((2.0, math.nan), [1]),
@@ -142,7 +170,7 @@ def test_units_of_loss_do_not_matter_and_better_is_never_punished(seed: int, cou
     losses = [float(loss) for loss in 2 + rng.standard_normal(count) * 10.0 ** rng.integers(-5, 0)]
     plain = screen(with_losses(*losses), unlike(count), base_loss=2.5)
     scaled = screen(with_losses(*(loss * unit for loss in losses)), unlike(count), base_loss=2.5 * unit)
-    limit = float(np.median(losses)) + 3 * max(
+    limit = float(np.median(losses)) + MAX_LOSS_MADS * max(
         float(np.median(np.abs(np.array(losses) - np.median(losses)))), MAD_FLOOR * 2.5
     )
     for verdict, other, loss in zip(plain, scaled, losses, strict=True):

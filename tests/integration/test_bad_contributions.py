@@ -92,8 +92,8 @@ def _of_another_lease(lease: LeaseGrant, arrays: dict[str, Any], path: Path) -> 
 BAD_DELTAS: dict[str, tuple[Spoil, str]] = {
     "wrong name": (_rewritten(_wrong_name), "embed_tokens"),
     "wrong shape": (_rewritten(_wrong_shape), "malformed"),
-    "wrong dtype": (_rewritten(_wrong_dtype), "int16"),
-    "NaN": (_rewritten(_not_a_number), "int16"),
+    "wrong dtype": (_rewritten(_wrong_dtype), "not an integer matrix"),
+    "NaN": (_rewritten(_not_a_number), "not an integer matrix"),
     "rank above the recipe's": (_rewritten(_rank_too_high), "rank"),
     "exponent out of range": (_rewritten(_exponent_out_of_range), "exponent"),
     "lying maxima": (_rewritten(_lying_maxima), "maxima"),

@@ -21,7 +21,7 @@ from rankup.fixedpoint import Factors, quantise
 from rankup.message import canonical_json
 from rankup.outer import outer_step
 from rankup.protocol import Pointer
-from rankup.recipe import Aggregation, OuterStep, Recipe
+from rankup.recipe import PLAIN_SUM, Aggregation, OuterStep, Recipe
 from rankup.records import BlobRef, FileEntry, Group, Manifest, TensorEntry, Term
 from rankup.signing import Ed25519PrivateKey, generate_private_key, parse_private_key, public_key_hex
 from rankup.store import MemoryStore, put_blob
@@ -75,7 +75,7 @@ class History:
 
 def make_history(*, versions: int = 3, contributions: int = 3, filler_bytes: int = 0, seed: int = 1) -> History:
     """Versions 0 to `versions - 1`, the last one `latest`. `filler_bytes` sizes a tensor that never changes."""
-    recipe = Recipe(rank=RANK)
+    recipe = Recipe(rank=RANK, aggregation=Aggregation(outer=PLAIN_SUM))
     return _make(SHAPES, [recipe] * (versions - 1), contributions, filler_bytes, np.random.default_rng(seed))
 
 
@@ -83,7 +83,13 @@ def make_varied_history() -> History:
     """Versions 0 to 3 with everything that a round may have: an outer step with momentum (in rounds 1 and 2, not in 3),
     stacked experts, vectors, partial deltas of both widths, deltas of an older base, terms of coefficient 0 whose blobs
     are gone."""
-    recipe = Recipe(rank=RANK, target_parameters=("experts",), train_vectors=True, partial=True)
+    recipe = Recipe(
+        rank=RANK,
+        target_parameters=("experts",),
+        train_vectors=True,
+        partial=True,
+        aggregation=Aggregation(outer=PLAIN_SUM),
+    )
     nesterov = recipe.model_copy(update={"aggregation": Aggregation(outer=NESTEROV, max_staleness=1)})
     return _make(VARIED_SHAPES, [nesterov, nesterov, recipe], 4, 0, np.random.default_rng(2))
 
