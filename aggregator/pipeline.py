@@ -134,17 +134,19 @@ class Pipeline:
         aggregation = record.request.recipe.aggregation
         if len(refs) < MIN_COMPARED:
             return Measured()
-        wanted = []
+        wanted: list[tuple[Sequence[BlobRef], tasks.Purpose, int]] = []
         if aggregation.max_loss_mads is not None:
             for start in range(0, len(refs), LOSSES_A_TASK):
                 part = refs[start : start + LOSSES_A_TASK]
-                wanted.append((tasks.losses_task, part, self._settings.screening_examples))
+                wanted.append((part, "loss", self._settings.screening_examples))
         if aggregation.min_descent is not None:
-            wanted.append((tasks.descents_task, refs, self._settings.descent_examples))
+            wanted.append((refs, "descent", self._settings.descent_examples))
         found: list[Measured] = await asyncio.gather(
             *(
-                tasks.result_of(task.remote(self._store_wire, record, parent, part, rows, self._cache))
-                for task, part, rows in wanted
+                tasks.result_of(
+                    tasks.measure_task.remote(self._store_wire, record, parent, part, purpose, rows, self._cache)
+                )
+                for part, purpose, rows in wanted
             )
         )
         return Measured(

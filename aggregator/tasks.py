@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -55,6 +55,9 @@ MAX_RECORD_BYTES = 256 * 1024**2
 """Cards and round records name every shard."""
 MAX_HELDOUT_BYTES = 256 * 1024**2
 EVALUATION_THREADS = 4
+
+Purpose = Literal["loss", "descent"]
+"""What contributions are measured for: see `aggregator.losses` and `aggregator.descent`."""
 
 Retrain = Callable[[Store, RoundRecord, Submission, Path, Path], Path]
 """(store, record, submission, base folder, scratch folder): trains a shard again; the delta's path."""
@@ -133,54 +136,30 @@ def _gram(store_wire: str, contributions: Sequence[BlobRef], names: Sequence[str
     return bucket_gram(store_from_wire(store_wire), contributions, names)
 
 
-def _losses(
+def _measure(
     store_wire: str,
     record: RoundRecord,
     parent: Manifest,
     contributions: Sequence[BlobRef],
-    max_examples: int,
+    purpose: Purpose,
+    max_rows: int,
     folder: Path,
 ) -> Measured:
-    """Held-out losses of the base with each delta."""
+    """Held-out losses of the base with each delta, or how fast the loss falls along each at first."""
+    from aggregator.descent import heldout_descents
     from aggregator.losses import heldout_losses
 
     store, names = store_from_wire(store_wire), sorted(record.targets)
+    rows, deltas = _drawn_rows(store, record, purpose), _fetched(store, contributions, names)
+    max_tokens = record.request.recipe.max_tokens
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "max_rows": max_rows, "threads": _threads()}
+    digests = [ref.sha256 for ref in contributions]
     with _base(store, parent, folder) as base:
-        base_loss, losses = heldout_losses(
-            base,
-            _drawn_rows(store, record, "loss"),
-            _fetched(store, contributions, names),
-            names,
-            max_tokens=record.request.recipe.max_tokens,
-            max_rows=max_examples,
-            threads=_threads(),
-        )
-    return Measured(base_loss, {ref.sha256: loss for ref, loss in zip(contributions, losses, strict=True)})
-
-
-def _descents(
-    store_wire: str,
-    record: RoundRecord,
-    parent: Manifest,
-    contributions: Sequence[BlobRef],
-    max_examples: int,
-    folder: Path,
-) -> Measured:
-    """How fast the held-out loss falls along each delta at first."""
-    from aggregator.descent import heldout_descents
-
-    store, names = store_from_wire(store_wire), sorted(record.targets)
-    with _base(store, parent, folder) as base:
-        found = heldout_descents(
-            base,
-            _drawn_rows(store, record, "descent"),
-            _fetched(store, contributions, names),
-            names,
-            max_tokens=record.request.recipe.max_tokens,
-            max_rows=max_examples,
-            threads=_threads(),
-        )
-    return Measured(descents={ref.sha256: value for ref, value in zip(contributions, found, strict=True)})
+        if purpose == "descent":
+            found = heldout_descents(base, rows, deltas, names, **limits)
+            return Measured(descents=dict(zip(digests, found, strict=True)))
+        base_loss, losses = heldout_losses(base, rows, deltas, names, **limits)
+        return Measured(base_loss, dict(zip(digests, losses, strict=True)))
 
 
 @contextmanager
@@ -192,7 +171,7 @@ def _base(store: Store, parent: Manifest, folder: Path) -> Iterator[Path]:
         yield Path(base)
 
 
-def _drawn_rows(store: Store, record: RoundRecord, purpose: str) -> list[dict[str, Any]]:
+def _drawn_rows(store: Store, record: RoundRecord, purpose: Purpose) -> list[dict[str, Any]]:
     """The held-out rows in an order that nobody knows before the round has its name: each round looks at other ones."""
     rows = _read_heldout(store, _read_card(store, record.request.dataset))
     seed = f"{record.round_id}|{purpose}|"
@@ -294,7 +273,6 @@ def _loss_known(
 
 admit_task = ray.remote(num_cpus=1)(_admit)
 gram_task = ray.remote(num_cpus=1)(_gram)
-losses_task = ray.remote(num_cpus=1, max_retries=1)(_losses)
-descents_task = ray.remote(num_cpus=1, max_retries=1)(_descents)
+measure_task = ray.remote(num_cpus=1, max_retries=1)(_measure)
 fold_group_task = ray.remote(num_cpus=1)(_fold_group)
 evaluate_task = ray.remote(num_cpus=1, max_retries=1)(_evaluate)
