@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from aggregator.merge import Blend
 from rankup.tensorfile import TensorFile, write_tensor_file
 
 transformers.utils.logging.set_verbosity_error()
@@ -146,3 +148,49 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     """float32 tensors of a safetensors file."""
     with TensorFile.open(path) as file:
         return {name: np.frombuffer(file.read(name), "<f4").reshape(file.entries[name].shape) for name in file}
+
+
+TWO = Blend(weights=(Fraction(7, 10), Fraction(-3, 10)))
+"""Weights of the two adapters of `trained_llamas`."""
+
+
+def trained_llamas(folder: Path) -> dict[torch.dtype, tuple[Path, list[Path]]]:
+    """One small model in three dtypes, and two adapters of different ranks and targets, trained on it in float32."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SMALL, tie_word_embeddings=False)
+    made = {}
+    for dtype in HALF_ULP:
+        made[dtype] = make_base(folder / str(dtype), config, dtype=dtype, max_shard_size="8KB")
+    source = made[torch.float32]
+    adapters = [
+        make_adapter(source, folder / "code", seed=1, steps=4, r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]),
+        make_adapter(
+            source,
+            folder / "chat",
+            seed=2,
+            steps=4,
+            r=6,
+            lora_alpha=5,
+            use_rslora=True,
+            target_modules=["q_proj", "down_proj", "embed_tokens"],
+            modules_to_save=["lm_head"],
+        ),
+    ]
+    return {dtype: (base, adapters) for dtype, base in made.items()}
+
+
+Q = "model.q_proj"
+
+
+def one_layer(tmp_path: Path, base: np.ndarray, *products: tuple[np.ndarray, np.ndarray], name: str = "a") -> Any:
+    folder = write_base(tmp_path / "base", {"model.safetensors": {f"{Q}.weight": base}})
+    return folder, [
+        write_adapter(
+            tmp_path / f"{name}{index}",
+            {f"{Q}.lora_B.weight": b, f"{Q}.lora_A.weight": a},
+            r=len(a),
+            lora_alpha=len(a),
+        )
+        for index, (b, a) in enumerate(products)
+    ]
