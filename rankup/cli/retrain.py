@@ -7,20 +7,22 @@ the pipeline and runs in a task of the cluster. Same recipe, seed and targets: o
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 
-from rankup.errors import IntegrityError
+from rankup.errors import IntegrityError, SetupError
 from rankup.records import RoundRecord, Submission
 from rankup.store import Store, blob_key
 
 MAX_THREADS = 4
+LIMIT_S = 4 * 3600.0
 
 
 def retrain(store: Store, record: RoundRecord, submission: Submission, base: Path, folder: Path) -> Path:
     """Train the shard of `submission` from the version in the folder `base`; returns the delta, a file in `folder`.
 
-    Raises IntegrityError where the shard's bytes are not those of the record, what the store raises, and what
-    `worker.training.run_trainer` raises.
+    Raises IntegrityError where the shard's bytes are not those of the record, SetupError where it takes too long, what
+    the store raises, and what `worker.training.run_trainer` raises.
     """
     from coordinator.grants import seed_of
     from worker.device import usable_threads
@@ -46,11 +48,14 @@ def retrain(store: Store, record: RoundRecord, submission: Submission, base: Pat
     with job.shard_file.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             raise IntegrityError(f"the shard {shard.sha256[:12]}… of round {record.round_id} has other bytes")
-    run_trainer(
+    until = time.monotonic() + LIMIT_S
+    result = run_trainer(
         job,
         folder / "job.json",
         folder / "trainer.log",
         on_line=lambda _line: None,
-        stop_reason=lambda: None,
+        stop_reason=lambda: "out of time" if time.monotonic() > until else None,
     )
+    if result is None:
+        raise SetupError(f"training the shard again takes more than {LIMIT_S / 3600:g} hours on this machine")
     return job.delta_file
