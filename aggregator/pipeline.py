@@ -28,7 +28,7 @@ from aggregator.cohort import (
     stored_cohort,
     terms_of,
 )
-from aggregator.fold import next_tensors, store_from_wire
+from aggregator.fold import next_tensors
 from aggregator.publish import carried_files, load_version, loadable_files, publish_manifest, version_files
 from aggregator.screening import MIN_COMPARED
 from rankup.protocol import Pointer
@@ -163,7 +163,7 @@ class Pipeline:
         return chosen(secret, submission.statement.sha256, valid_in_a_row)
 
     def _store(self) -> Store:
-        return store_from_wire(self._store_wire)
+        return tasks.store_from_wire(self._store_wire)
 
     def _parent(self, record: RoundRecord) -> Manifest:
         key = public_key_hex(load_private_key(self._publisher_key_file))

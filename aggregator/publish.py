@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import yaml
 
+from aggregator.basemodel import INDEX
 from rankup.dtypes import STORED_AS
 from rankup.errors import ConflictError, NotFoundError
 from rankup.message import canonical_json
@@ -40,7 +41,6 @@ from rankup.versions import (
 )
 
 README = "README.md"
-INDEX = "model.safetensors.index.json"
 MAX_CARD_ROWS = 1000
 """Contributors in the card's table; the manifest lists all of them."""
 

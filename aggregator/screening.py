@@ -25,20 +25,9 @@ from numpy.typing import NDArray
 from aggregator.lowrank import cosines
 from aggregator.rules import weights
 from rankup.errors import InputError, StateError
+from rankup.recipe import MAX_COSINE, MAX_LOSS_MADS, MIN_DESCENT
 from rankup.records import Check
 
-MAX_COSINE = 0.98
-"""Default limit of likeness: what is closer differs by less than a fifth of its length. A copy rounded to int8 is at
-0.9999, one with a tenth of noise in each factor at 0.990. Every lease has a seed of its own: honest contributions to
-SmolLM2-135M are at 0.07, those to `aggregator.tiny` at 0.37 to 0.41 on docstrings, and at 0.92 at worst, where all rows
-are one sentence with other figures (rank 8 in a model of width 64)."""
-MAX_LOSS_MADS = 4.0
-"""Default limit of held-out loss: 2.7 standard deviations of a normal spread. With 3, one honest contribution in 25 was
-refused in rounds without attackers (docs/results/poison.md); what 4 lets through, the slope finds."""
-MIN_DESCENT = 0.25
-"""Default least slope of the held-out loss, as a share of the cohort's median. Honest ones of a noisy round are at
-half of the median at times; flipped ones are below zero and random ones near it. Alone it would not do: what is
-harmful only further out has a good slope."""
 MIN_COMPARED = 4
 """A median of fewer losses says nothing: one bad contribution of three moves it, and the deviation with it."""
 MAD_FLOOR = 0.002

@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from aggregator import kernels
 from aggregator.audit import agreement, judge
 from aggregator.checkout import checkout, prune
 from aggregator.cohort import DENOMINATOR_LOG2, Measured, StoredDelta, bucket_gram, factors_of
-from aggregator.fold import fold_digest, fold_group, store_from_wire
+from aggregator.fold import fold_digest, fold_group
 from aggregator.intake import admit
 from rankup.delta import DeltaReader
 from rankup.errors import FatalError, IntegrityError, NotFoundError, RankupError, UnreachableError
@@ -49,7 +49,8 @@ from rankup.records import (
     Submission,
     Term,
 )
-from rankup.store import Store
+from rankup.settings import StoreSettings
+from rankup.store import Store, open_store
 from rankup.versions import dataset_key, fold_key, heldout_key, round_key
 
 log = structlog.get_logger(__name__)
@@ -64,6 +65,12 @@ Purpose = Literal["loss", "descent"]
 
 Retrain = Callable[[Store, RoundRecord, Submission, Path, Path], Path]
 """(store, record, submission, base folder, scratch folder): trains a shard again; the delta's path."""
+
+
+@lru_cache(maxsize=2)
+def store_from_wire(wire: str) -> Store:
+    """The store of `StoreSettings.to_wire`; one client for all tasks of a worker process."""
+    return open_store(StoreSettings.from_wire(wire))
 
 
 async def result_of(reference: Awaitable[Any]) -> Any:

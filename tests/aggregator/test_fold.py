@@ -66,7 +66,7 @@ def fold(
     store: MemoryStore,
     parent: Manifest,
     terms: Sequence[Term],
-    outer: OuterStep | None = None,
+    outer: OuterStep = PLAIN_SUM,
     *,
     tile_bytes: int = 2**20,
 ) -> tuple[tuple[Group, ...], dict[str, TensorEntry]]:
@@ -218,11 +218,11 @@ def varied_change(seed: int) -> dict[str, Change]:
     }
 
 
-@pytest.mark.parametrize("outer", [None, NESTEROV])
+@pytest.mark.parametrize("outer", [PLAIN_SUM, NESTEROV])
 @pytest.mark.parametrize("tile_bytes", [16, 2**20])
 @pytest.mark.parametrize("read_ahead", [0, 2**20])
 def test_experts_vectors_and_partial_deltas_of_either_width_are_folded(
-    world: World, monkeypatch: pytest.MonkeyPatch, outer: OuterStep | None, tile_bytes: int, read_ahead: int
+    world: World, monkeypatch: pytest.MonkeyPatch, outer: OuterStep, tile_bytes: int, read_ahead: int
 ) -> None:
     monkeypatch.setattr("aggregator.fold.READ_AHEAD_BYTES", read_ahead)
     model = varied_model()
@@ -240,11 +240,11 @@ def test_experts_vectors_and_partial_deltas_of_either_width_are_folded(
         for number, master in enumerate(matrices):
             pairs = [(c, change if isinstance(change, Factors) else change[number]) for c, change in changes]
             delta = fold_tensor(np.zeros_like(master), pairs, LOG2)
-            expected.append(outer_step(master, delta, None, outer or PLAIN_SUM)[0])
+            expected.append(outer_step(master, delta, None, outer)[0])
         found = read_tensor(world.store, groups[0].master, name)
         assert found.tobytes() == np.stack(expected).tobytes()
         assert entries[name].role == ROLES[name]
-        assert (entries[name].momentum is None) == (outer is None)
+        assert (entries[name].momentum is None) == (outer is PLAIN_SUM)
     assert entries["buffer"] == parent.tensors["buffer"]
 
 

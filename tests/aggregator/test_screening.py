@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.screening import MAD_FLOOR, MAX_LOSS_MADS, Candidate, Verdict, screen, screened_weights
+from aggregator.screening import MAD_FLOOR, Candidate, Verdict, screen, screened_weights
 from rankup.errors import InputError, StateError
+from rankup.recipe import MAX_LOSS_MADS
 from rankup.records import Check
 
 
