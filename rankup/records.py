@@ -6,7 +6,7 @@ names one record. Whoever holds the bucket can rebuild every other state from th
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -18,6 +18,8 @@ from rankup.targets import Role, Target, target_of
 RelativePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$")]
 """A file name inside a version's folder: no separators, no leading dot."""
 Text = Annotated[str, StringConstraints(max_length=4096)]
+EMPTY_TREE: Final = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"""Root of a Merkle tree without leaves: the sha256 of nothing."""
 
 
 class BlobRef(Message):
@@ -159,6 +161,13 @@ class TensorEntry(Message):
     """Hash of the float32 momentum of the outer step, where there is one."""
 
 
+class Patch(BlobRef):
+    """What makes a group's export file out of its parent's: docs/formats.md, "The patch file"."""
+
+    base: Digest
+    """sha256 of the export file that it is made for."""
+
+
 class Group(Message):
     """Tensors that are folded by one task and stored together: one master file, one export file."""
 
@@ -167,6 +176,8 @@ class Group(Message):
     export: FileEntry
     momentum: FileEntry | None = None
     """State of the outer step, for the tensors that have one: nobody but the aggregator and verifiers needs it."""
+    patch: Patch | None = None
+    """From the parent's export file, where that has other bytes and a patch is smaller than the file."""
 
 
 class FoldedGroup(Message):
@@ -200,6 +211,58 @@ class Evaluation(Message):
     tokens: int
 
 
+class Rollback(Message):
+    """The version has the tensors of an earlier one."""
+
+    kind: Literal["rollback"] = "rollback"
+    to: Annotated[int, Field(ge=0)]
+    reason: Text = ""
+
+
+class Revocation(Message):
+    """The version is its parent without some contributions: `rankup.lineage` says what that is, to the bit."""
+
+    kind: Literal["revocation"] = "revocation"
+    contributions: Annotated[tuple[Digest, ...], Field(min_length=1)]
+    """Sorted."""
+    reason: Text = ""
+
+
+class KeyRotation(Message):
+    """The version has its parent's tensors and is the first one signed by the last of its `keys`."""
+
+    kind: Literal["key-rotation"] = "key-rotation"
+    reason: Text = ""
+
+
+Change = Annotated[Rollback | Revocation | KeyRotation, Field(discriminator="kind")]
+"""What made a version that no round made."""
+
+
+class KeyStatement(Message):
+    """From version `from_version` of the model on, `new` signs in the place of `old`."""
+
+    model: Identifier
+    old: PublicKey
+    new: PublicKey
+    from_version: Annotated[int, Field(ge=1)]
+
+
+class KeyChange(Message):
+    """The publisher's old key names its successor."""
+
+    statement: KeyStatement
+    signature: Signature
+    """By the old key, of the statement as a "key-change"."""
+
+
+class Log(Message):
+    """A Merkle tree (RFC 9162, section 2.1) over every contribution in the sum: `rankup.lineage`."""
+
+    size: Annotated[int, Field(ge=0)]
+    root: Digest
+
+
 class Manifest(Message):
     """One version of a model. The sha256 of its canonical bytes is the version's identity; the parent's is inside."""
 
@@ -217,6 +280,14 @@ class Manifest(Message):
     files: tuple[FileEntry, ...]
     """The rest of the Hugging Face folder: config, tokenizer, index, README."""
     evaluation: Evaluation | None = None
+    change: Change | None = None
+    """What made this version, where no round did."""
+    keys: Annotated[tuple[KeyChange, ...], Field(max_length=64)] = ()
+    """Every change of the publisher's key up to this version, oldest first."""
+    log: Log = Log(size=0, root=EMPTY_TREE)
+    """The contributions in the sum; the leaves stand in the file `contributions.json`."""
+    software: Text = ""
+    """What made it: name and version."""
     base_model: Text
     licence: Text
     datasets: tuple[Identifier, ...] = ()
@@ -233,3 +304,39 @@ class Manifest(Message):
     def export_files(self) -> tuple[FileEntry, ...]:
         """Every file that `from_pretrained` needs."""
         return (*self.files, *(group.export for group in self.groups))
+
+
+# -- what a version is the sum of --------------------------------------------------------------------------------------
+
+
+class Leaf(Message):
+    """One contribution in the sum of a version: a leaf of its log."""
+
+    contribution: Digest
+    version: Annotated[int, Field(ge=1)]
+    """The version whose round it was in."""
+    coefficient: Annotated[int, Field(ge=1, le=2**31)]
+    denominator_log2: Annotated[int, Field(ge=0, le=30)]
+
+
+class ContributionList(Message):
+    """`contributions.json` in a version's folder: the leaves of its log, in order (version, then contribution)."""
+
+    format: Literal["rankup.contributions/1"] = "rankup.contributions/1"
+    model: Identifier
+    leaves: tuple[Leaf, ...] = ()
+
+
+# -- what is no longer kept --------------------------------------------------------------------------------------------
+
+
+Part = Literal["master", "export", "momentum", "patch", "contributions"]
+
+
+class Retained(Message):
+    """What object storage no longer holds of a model's versions; a hint for whoever plans a download, not signed."""
+
+    format: Literal["rankup.retained/1"] = "rankup.retained/1"
+    model: Identifier
+    gone: dict[int, tuple[Part, ...]] = Field(default_factory=dict)
+    """Version -> its parts of which a file may be missing."""

@@ -9,13 +9,13 @@ IntegrityError for the others) and nothing after it is looked at:
 
  1. An envelope or a pointer is no larger than its limit before any of it is parsed.
  2. It has the form of an envelope with the payload type of a manifest and exactly one signature.
- 3. The signature is by the pinned publisher key. Who has pinned none takes the key that the envelope names, once, and
-    pins it ("trust on first use").
+ 3. The signature is good, and by the pinned publisher key or one that `rankup.keychain` leads to or from it. Who has
+    pinned none takes the key that the envelope names, once, and pins it ("trust on first use").
  4. The payload is a manifest, and encoding that again gives the same bytes: no duplicate or unknown field, no second
     spelling of a number, so a digest names one meaning.
  5. The manifest is consistent in itself: every tensor lies in exactly one group, file names of a folder are unique
     (also where upper and lower case are the same), one digest has one size, terms stand sorted without repetition,
-    only version 0 has no parent.
+    only version 0 has no parent, a version is made by a round or by one change.
  6. Its model is the one asked for, its version number is the one asked for, its digest is the one the pointer names.
  7. Versions form one chain: what this reader has seen as version n keeps its digest for ever, and the parent of n is
     the digest of n - 1, each where known.
@@ -33,15 +33,16 @@ import binascii
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter, ValidationError
 
 from rankup.errors import InputError, IntegrityError, TooLargeError
+from rankup.keychain import require_chain, require_trusted
 from rankup.message import Digest, Identifier, Message, canonical_json
 from rankup.protocol import Pointer, payload_type
-from rankup.records import BlobRef, FileEntry, Manifest
+from rankup.records import BlobRef, FileEntry, KeyChange, KeyRotation, Manifest, Revocation, Rollback
 from rankup.signing import Ed25519PrivateKey, public_key_hex, sign_bytes, verify_bytes
 from rankup.targets import fits_role
 
@@ -72,6 +73,11 @@ def manifest_key(model: str, version: int) -> str:
     if version < 0:
         raise InputError(f"there is no version {version}")
     return f"{manifest_prefix(model)}{version:06d}.json"
+
+
+def retained_key(model: str) -> str:
+    """What is no longer kept of a model's versions (`rankup.records.Retained`); absent: everything is."""
+    return f"models/{_name(model)}/retained.json"
 
 
 def round_key(round_id: str) -> str:
@@ -189,10 +195,14 @@ def manifest_digest(manifest: Manifest) -> str:
     return hashlib.sha256(canonical_json(manifest)).hexdigest()
 
 
-def open_envelope(data: bytes, *, publisher_key: str | None) -> tuple[Manifest, str, str]:
+def open_envelope(
+    data: bytes, *, publisher_key: str | None, known_changes: Sequence[KeyChange] = ()
+) -> tuple[Manifest, str, str]:
     """Check an envelope by rules 1 to 5; returns the manifest, its digest and the key (hex) that signed it.
 
     With `publisher_key` None the key that the envelope names is taken: only for the first contact with a publisher.
+    `known_changes` are those in the newest manifest that this reader has trusted: with them, versions that an earlier
+    key signed stay readable.
 
     Raises:
         TooLargeError: above `MAX_ENVELOPE_BYTES`.
@@ -209,11 +219,6 @@ def open_envelope(data: bytes, *, publisher_key: str | None) -> tuple[Manifest, 
         raise IntegrityError(f"the envelope has {len(envelope.signatures)} signatures; one is needed")
     payload = _unbase64(envelope.payload, "payload")
     [named] = envelope.signatures
-    if publisher_key is not None and named.keyid != publisher_key:
-        raise IntegrityError(
-            f"the manifest is signed by {named.keyid[:16]}…, but the publisher's key here is {publisher_key[:16]}…",
-            remedy="If the publisher announced a new key, name it with --key; otherwise do not use this version.",
-        )
     try:
         verify_bytes(named.keyid, MANIFEST_KIND, payload, _unbase64(named.sig, "signature").hex())
     except InputError as exc:
@@ -228,6 +233,9 @@ def open_envelope(data: bytes, *, publisher_key: str | None) -> tuple[Manifest, 
         ) from exc
     if again != payload:
         raise IntegrityError("the signed payload is not in canonical form")
+    require_chain(manifest.keys, model=manifest.model, version=manifest.version, signer=named.keyid)
+    if publisher_key is not None:
+        require_trusted(publisher_key, named.keyid, manifest.keys, known_changes, version=manifest.version)
     require_consistent(manifest)
     return manifest, hashlib.sha256(payload).hexdigest(), named.keyid
 
@@ -272,7 +280,8 @@ def require_consistent(manifest: Manifest) -> None:
     momenta = tuple(group.momentum for group in manifest.groups if group.momentum is not None)
     for files in (manifest.export_files(), masters, momenta):
         _require_unique_paths(files)
-    _require_one_size((*manifest.export_files(), *masters, *momenta))
+    patches = tuple(group.patch for group in manifest.groups if group.patch is not None)
+    _require_one_size((*manifest.export_files(), *masters, *momenta, *patches))
     _require_consistent_momentum(manifest)
     contributions = [term.contribution for term in manifest.terms]
     if any(first >= second for first, second in itertools.pairwise(contributions)):
@@ -281,6 +290,8 @@ def require_consistent(manifest: Manifest) -> None:
         raise IntegrityError(f"version {manifest.version} with parent {manifest.parent}: only version 0 has none")
     if manifest.version == 0 and manifest.terms:
         raise IntegrityError("version 0 has terms, but nothing that they could be added to")
+    _require_consistent_patches(manifest)
+    _require_consistent_change(manifest)
 
 
 def _require_consistent_momentum(manifest: Manifest) -> None:
@@ -293,6 +304,34 @@ def _require_consistent_momentum(manifest: Manifest) -> None:
         raise IntegrityError(f"tensor {stateful[0]!r} has a momentum, but the recipe keeps none")
     if fixed := [name for name in stateful if manifest.tensors[name].role is None]:
         raise IntegrityError(f"tensor {fixed[0]!r} has a momentum, but no delta may change it")
+
+
+def _require_consistent_patches(manifest: Manifest) -> None:
+    """A patch leads from another file to the group's own, and is smaller than that."""
+    for group in manifest.groups:
+        patch = group.patch
+        if patch is None:
+            continue
+        if manifest.version == 0:
+            raise IntegrityError("version 0 has a patch, but no parent that it could be applied to")
+        if patch.base == group.export.sha256 or patch.size_bytes >= group.export.size_bytes:
+            raise IntegrityError(f"the patch of {group.export.path} leads nowhere, or is no smaller than the file")
+
+
+def _require_consistent_change(manifest: Manifest) -> None:
+    """A version is made by a round or by one change; only a key rotation brings a new key."""
+    change = manifest.change
+    if change is not None and (manifest.version == 0 or manifest.round_id is not None or manifest.terms):
+        raise IntegrityError(f"version {manifest.version} is made by a {change.kind} and by a round, or is the first")
+    if isinstance(change, Rollback) and change.to >= manifest.version:
+        raise IntegrityError(f"version {manifest.version} rolls back to version {change.to}")
+    if isinstance(change, Revocation) and any(
+        first >= second for first, second in itertools.pairwise(change.contributions)
+    ):
+        raise IntegrityError("the revoked contributions are not sorted, or one stands there twice")
+    fresh = bool(manifest.keys) and manifest.keys[-1].statement.from_version == manifest.version
+    if fresh != isinstance(change, KeyRotation):
+        raise IntegrityError(f"version {manifest.version} has a new key without a key rotation, or the reverse")
 
 
 def require_asked(manifest: Manifest, digest: str, *, model: str, version: int, pointed: str | None = None) -> None:
