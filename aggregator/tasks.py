@@ -51,7 +51,7 @@ from rankup.records import (
 )
 from rankup.settings import StoreSettings
 from rankup.store import Store, open_store
-from rankup.versions import dataset_key, fold_key, heldout_key, round_key
+from rankup.versions import dataset_key, fold_key, heldout_key, manifest_digest, round_key
 
 log = structlog.get_logger(__name__)
 
@@ -209,7 +209,7 @@ def _fold_group(
 ) -> FoldedGroup:
     recipe = record.request.recipe
     outer = recipe.aggregation.outer
-    digest = fold_digest(record.base_manifest, terms, DENOMINATOR_LOG2, outer)
+    digest = fold_digest(manifest_digest(parent), terms, DENOMINATOR_LOG2, outer)
     # Loading torch costs a second and 300 MB: worth it for what numpy cannot multiply as fast.
     with_torch = recipe.mantissa_bits == 8 or bool(ray.get_gpu_ids())
     return fold_group(

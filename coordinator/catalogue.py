@@ -22,8 +22,9 @@ from typing import Generic, TypeVar
 from pydantic import ValidationError
 
 from rankup.errors import IntegrityError, NotFoundError, TooLargeError
+from rankup.lineage import change_in_words
 from rankup.protocol import Pointer, VersionView
-from rankup.records import DatasetCard, Manifest
+from rankup.records import DatasetCard, KeyChange, Manifest
 from rankup.store import Store, blob_key
 from rankup.versions import (
     MAX_ENVELOPE_BYTES,
@@ -147,6 +148,7 @@ class Catalogue:
         self._cards: Recent[DatasetCard] = Recent(32, ttl_s=CARD_TTL_S, clock=clock)
         self._envelopes: Recent[SealedManifest] = Recent(ENVELOPES, ttl_s=None, clock=clock)
         self._views: Recent[VersionView] = Recent(VIEWS, ttl_s=None, clock=clock)
+        self._keys: Recent[tuple[KeyChange, ...]] = Recent(32, ttl_s=None, clock=clock)
 
     def models(self) -> tuple[str, ...]:
         """Names of the models that have a published version, sorted."""
@@ -166,7 +168,9 @@ class Catalogue:
         if kept is not None:
             return kept
         data = _read_envelope(self._store, model, version)
-        manifest, digest, _ = open_envelope(data, publisher_key=self._publisher_key)
+        manifest, digest, _ = open_envelope(
+            data, publisher_key=self._publisher_key, known_changes=self._key_changes(model, version)
+        )
         require_asked(manifest, digest, model=model, version=version)
         self._views.put((model, version), _view_of(manifest, digest))
         sealed = SealedManifest(data, hashlib.sha256(data).hexdigest())
@@ -187,6 +191,17 @@ class Catalogue:
 
     def has_blob(self, digest: str) -> bool:
         return self._store.head(blob_key(digest)) is not None
+
+    def _key_changes(self, model: str, version: int) -> tuple[KeyChange, ...]:
+        """The changes of the publisher's key that the latest version repeats: an earlier key signed older ones."""
+        pointer = self.pointer(model)
+        if version >= pointer.version:
+            return ()
+        kept = self._keys.get(pointer.manifest)
+        if kept is None:
+            latest = read_manifest(self._store, pointer, publisher_key=self._publisher_key)
+            kept = self._keys.put(pointer.manifest, latest.keys)
+        return kept
 
     def _view(self, model: str, version: int) -> VersionView | None:
         kept = self._views.get((model, version))
@@ -221,5 +236,6 @@ def _view_of(manifest: Manifest, digest: str) -> VersionView:
         size_bytes=sum(file.size_bytes for file in manifest.export_files()),
         heldout_loss=manifest.evaluation.heldout_loss if manifest.evaluation is not None else None,
         parent_heldout_loss=manifest.evaluation.parent_heldout_loss if manifest.evaluation is not None else None,
+        change=None if manifest.change is None else change_in_words(manifest.change),
         latest=False,
     )

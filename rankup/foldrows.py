@@ -60,6 +60,8 @@ class Tile:
     momentum: Float32Array | None
     path: str = ""
     """Name of the kernel that multiplied; empty where no sum was added."""
+    before: Array | None = None
+    """The same rows of the parent's master; None where the tensor keeps its bits."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def _stepped(
                 export_of(new_master, before.export_dtype),
                 new_momentum,
                 "" if total is None else total.path,
+                master,
             )
 
 

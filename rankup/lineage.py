@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from rankup.errors import InputError, IntegrityError
 from rankup.merkle import leaf_hash, tree_root
 from rankup.message import canonical_json
-from rankup.records import ContributionList, KeyRotation, Leaf, Log, Manifest, Revocation, Rollback, Term
+from rankup.records import Change, ContributionList, KeyRotation, Leaf, Log, Manifest, Revocation, Rollback, Term
 
 CONTRIBUTIONS_NAME = "contributions.json"
 
@@ -156,6 +156,16 @@ def log_of(leaves: Sequence[Leaf]) -> Log:
 def contribution_file(model: str, leaves: Sequence[Leaf]) -> bytes:
     """`contributions.json`."""
     return canonical_json(ContributionList(model=model, leaves=tuple(leaves)))
+
+
+def change_in_words(change: Change) -> str:
+    """A few words for tables and pages; the reason is not in them."""
+    if isinstance(change, Rollback):
+        return f"rollback to {change.to}"
+    if isinstance(change, Revocation):
+        count = len(change.contributions)
+        return f"revocation of {count} contribution{'' if count == 1 else 's'}"
+    return "key rotation"
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------

@@ -299,6 +299,8 @@ class VersionView(Answer):
     heldout_loss: float | None
     """Nats per completion token; a base's own is what its first round measured of it."""
     parent_heldout_loss: float | None = None
+    change: str | None = None
+    """What made the version where no round did: "rollback to 3", "revocation of 1 contribution", "key rotation"."""
     latest: bool
 
 
