@@ -102,8 +102,11 @@ def fold_group(
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         folding = _Folding(store, parent, group, list(pool.map(partial(_open_delta, store), weighted)), law, pool)
         if not folding.moving:
-            return FoldedGroup(group=group.model_copy(update={"momentum": None}), tensors=folding.stateless())
-        with open_group_writer(number, len(parent.groups), folding.layouts, folding.stateful) as writer:
+            kept = group.model_copy(update={"momentum": None, "patch": None})
+            return FoldedGroup(group=kept, tensors=folding.stateless())
+        with open_group_writer(
+            number, len(parent.groups), folding.layouts, folding.stateful, base=group.export
+        ) as writer:
             folding.run(writer)
             made, entries = writer.finish(store)
     folded = FoldedGroup(group=made, tensors=entries)
@@ -296,7 +299,7 @@ def _finished(store: Store, key: str, group: Group) -> FoldedGroup | None:
     record = _read_record(store, key)
     if record is None or record.group.tensors != group.tensors or record.tensors.keys() != set(group.tensors):
         return None
-    files = (record.group.master, record.group.export, record.group.momentum)
+    files = (record.group.master, record.group.export, record.group.momentum, record.group.patch)
     for file in files:
         if file is not None:
             present = store.head(blob_key(file.sha256))
@@ -315,6 +318,11 @@ def _read_record(store: Store, key: str) -> FoldedGroup | None:
         return None
 
 
+def _exact(folded: FoldedGroup) -> FoldedGroup:
+    """Without the patch: another version of its library may find a shorter one for the same files."""
+    return folded.model_copy(update={"group": folded.group.model_copy(update={"patch": None})})
+
+
 def _remember(store: Store, key: str, folded: FoldedGroup) -> None:
     data = canonical_json(folded)
     try:
@@ -324,7 +332,7 @@ def _remember(store: Store, key: str, folded: FoldedGroup) -> None:
         known = _read_record(store, key)
         if known is None:
             store.put(key, data, content_type="application/json")
-        elif known != folded:
+        elif _exact(known) != _exact(folded):
             raise IntegrityError(
                 f"two folds of the same inputs differ: {key}",
                 remedy="One machine does not compute as it must: fold on another, and test the memory of both.",

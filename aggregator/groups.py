@@ -5,6 +5,8 @@ What always holds:
 - the bytes of a file depend on its tensors alone (names, shapes, dtypes, values): see `rankup.tensorfile`;
 - floating tensors are float32 in the master and are rounded once, from the master, into the export; all others are
   equal in both files; the momentum file holds the tensors that have a state, and no other;
+- a group that follows from a parent's comes with the patch that makes its export file out of the parent's, where that
+  has other bytes and the patch is smaller than the file;
 - a writer holds a few tiles in memory and each byte once on disk, in the file that is stored; a reader fetches one
   header and then only the bytes it is asked for, either piece by piece or a stretch of neighbours ahead.
 
@@ -28,7 +30,8 @@ import numpy as np
 from rankup.dtypes import STORED_AS, Array, Dtype, export_of, master_dtype, raw_bytes
 from rankup.errors import DiskFullError, InputError, IntegrityError
 from rankup.foldrows import Tile, TileHashes
-from rankup.records import BlobRef, FileEntry, Group, TensorEntry
+from rankup.patchfile import PatchWriter
+from rankup.records import BlobRef, FileEntry, Group, Patch, TensorEntry
 from rankup.store import Store, blob_key, put_blob_file
 from rankup.targets import Role
 from rankup.tensorfile import TensorFile, TensorFileWriter
@@ -110,7 +113,13 @@ class GroupWriter:
     """
 
     def __init__(
-        self, folder: Path, number: int, total: int, layouts: Mapping[str, Layout], stateful: Collection[str]
+        self,
+        folder: Path,
+        number: int,
+        total: int,
+        layouts: Mapping[str, Layout],
+        stateful: Collection[str],
+        base: FileEntry | None,
     ) -> None:
         if not layouts:
             raise InputError("a group needs at least one tensor")
@@ -128,6 +137,10 @@ class GroupWriter:
         self._momentum = (
             self._start(momentum_path(number, total), momenta, MOMENTUM_METADATA) if self._stateful else None
         )
+        self._base = base
+        if base is not None:
+            self._patch_file = self._open.enter_context((folder / "patch").open("w+b"))
+            self._patch = PatchWriter(self._patch_file, {name: exports[name] for name in self._export[1].order})
         self.order = self._master[1].order
         """Names in the order of the master file: the cheapest order to write them in."""
 
@@ -154,6 +167,9 @@ class GroupWriter:
                 hashes.update(tile)
                 self._master[1].append(name, raw_bytes(tile.master))
                 self._export[1].append(name, raw_bytes(tile.export))
+                if self._base is not None and tile.before is not None:
+                    before = export_of(tile.before, layout.export_dtype)
+                    self._patch.append(name, raw_bytes(before), raw_bytes(tile.export))
                 if (tile.momentum is not None) != (name in self._stateful):
                     raise InputError(
                         f"tensor {name} has a momentum in the plan of its group or in its rows, not in both"
@@ -174,7 +190,7 @@ class GroupWriter:
             export=self._store_file(store, *self._export),
             momentum=None if self._momentum is None else self._store_file(store, *self._momentum),
         )
-        return group, entries
+        return group.model_copy(update={"patch": self._store_patch(store, group.export)}), entries
 
     def close(self) -> None:
         """Close the files. What cannot be written to them any more does not matter: `finish` has closed good ones."""
@@ -203,15 +219,33 @@ class GroupWriter:
         path.unlink()
         return FileEntry(sha256=ref.sha256, size_bytes=ref.size_bytes, path=path.name)
 
+    def _store_patch(self, store: Store, export: FileEntry) -> Patch | None:
+        """None where there is no parent's file, where that has the same bytes, or where a patch would not pay."""
+        if self._base is None or self._base.sha256 == export.sha256:
+            return None
+        path = Path(self._patch_file.name)
+        with _disk_errors(path):
+            ref = self._patch.finish(self._base.sha256, export.sha256)
+            self._patch_file.close()
+        if ref.size_bytes >= export.size_bytes:
+            return None
+        put_blob_file(store, path, ref=ref)
+        return Patch(sha256=ref.sha256, size_bytes=ref.size_bytes, base=self._base.sha256)
+
 
 @contextmanager
 def open_group_writer(
-    number: int, total: int, layouts: Mapping[str, Layout], stateful: Collection[str] = ()
+    number: int,
+    total: int,
+    layouts: Mapping[str, Layout],
+    stateful: Collection[str] = (),
+    *,
+    base: FileEntry | None = None,
 ) -> Iterator[GroupWriter]:
     """A writer with a temporary folder of its own, removed at the end whatever happens. `stateful` names the tensors
-    that have a momentum."""
+    that have a momentum, `base` is the parent's export file, where the tiles know what they change."""
     with tempfile.TemporaryDirectory(prefix="rankup-group-") as folder:
-        writer = GroupWriter(Path(folder), number, total, layouts, stateful)
+        writer = GroupWriter(Path(folder), number, total, layouts, stateful, base)
         try:
             yield writer
         finally:
