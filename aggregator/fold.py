@@ -81,13 +81,14 @@ def fold_group(
     record_key: str | None = None,
     kernels: Sequence[Kernel] = KERNELS,
     tile_bytes: int = TILE_BYTES,
+    patch: bool = True,
 ) -> FoldedGroup:
     """Group `number` (from 1) of the next version: that of `parent`, with all terms added and the outer step done.
 
     A tensor that neither a term nor a momentum changes keeps its entry; a group of such tensors keeps its files as they
     are. Where `record_key` (`rankup.versions.fold_key` of `fold_digest`) names a finished
     group whose blobs are there, that is returned; a group that is made is remembered under it. `kernels` and
-    `tile_bytes` (bytes of master in one tile) change time and memory, never a bit.
+    `tile_bytes` (bytes of master in one tile) change time and memory, never a bit; without `patch` none is made.
 
     Raises IntegrityError (a tensor of the parent is not what its manifest says; two folds of the same inputs differ),
     DeltaError (factors that do not fit, sums beyond float32), DiskFullError and what the store raises.
@@ -105,7 +106,7 @@ def fold_group(
             kept = group.model_copy(update={"momentum": None, "patch": None})
             return FoldedGroup(group=kept, tensors=folding.stateless())
         with open_group_writer(
-            number, len(parent.groups), folding.layouts, folding.stateful, base=group.export
+            number, len(parent.groups), folding.layouts, folding.stateful, base=group.export if patch else None
         ) as writer:
             folding.run(writer)
             made, entries = writer.finish(store)

@@ -27,6 +27,7 @@ from aggregator.basemodel import INDEX, WEIGHTS
 from aggregator.bases import Base, fetch_base, require_safetensors
 from aggregator.groups import Layout, open_group_writer, plan_groups, tensor_digest
 from aggregator.publish import publish_manifest, version_files
+from aggregator.published import SOFTWARE, latest_version
 from aggregator.skeleton import Skeleton
 from rankup.bfloat16 import from_bfloat16
 from rankup.dtypes import STORED_AS, Array, Dtype, is_floating
@@ -41,6 +42,12 @@ from rankup.versions import MAX_ENVELOPE_BYTES, manifest_key, open_envelope
 __all__ = ["Base", "fetch_base", "linear_weights", "make_version_zero"]
 
 CARRIED = (
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
     "added_tokens.json",
     "chat_template.jinja",
     "config.json",
@@ -51,6 +58,7 @@ CARRIED = (
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
+    "vocab.txt",
 )
 MAX_CARRIED_BYTES = 256 * 1024 * 1024
 MAX_BFLOAT16 = float.fromhex("0x1.fep127")
@@ -123,6 +131,7 @@ def make_version_zero(
         files=(),
         base_model=base.name,
         licence=licence or base.licence,
+        software=SOFTWARE,
         created_at=now,
     )
     files = [_store_file(store, path, data) for path, data in sorted(carried.items())]
@@ -145,7 +154,12 @@ def _published(store: Store, private_key: Ed25519PrivateKey, model: str) -> Mani
         data = store.get(manifest_key(model, 0), max_bytes=MAX_ENVELOPE_BYTES)
     except NotFoundError:
         return None
-    manifest, _, _ = open_envelope(data, publisher_key=public_key_hex(private_key))
+    key = public_key_hex(private_key)
+    try:
+        changes = latest_version(store, model, publisher_key=key).manifest.keys
+    except NotFoundError:
+        changes = ()  # The import stopped before it moved the pointer.
+    manifest, _, _ = open_envelope(data, publisher_key=key, known_changes=changes)
     return manifest
 
 
@@ -275,7 +289,7 @@ def _read_carried(folder: Path) -> dict[str, bytes]:
         if path.stat().st_size > MAX_CARRIED_BYTES:
             raise InputError(f"{path} has more than {MAX_CARRIED_BYTES} bytes")
         carried[name] = path.read_bytes()
-    if not carried.keys() & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+    if not carried.keys() & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
         raise InputError(f"{folder} has no tokenizer", remedy="Copy the tokenizer's files into the model's folder.")
     config = _parse_object(folder, "config.json", carried["config.json"])
     if config.get("quantization_config"):

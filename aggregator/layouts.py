@@ -27,8 +27,8 @@ from aggregator.basemodel import HEADS, BaseModel, Parameter, decode, matrix_sha
 from rankup.errors import InputError
 
 MERGEABLE: Final = ("F32", "F16", "BF16")
-_CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_LEAVES: Final = ("c_attn", "c_proj", "c_fc", "q_attn")
+CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+CONV1D_LEAVES: Final = ("c_attn", "c_proj", "c_fc", "q_attn")
 _IN_OUT_EXPERTS: Final = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 """Models whose experts are stored (E, in, out)."""
 _SWAPPING_PEFT: Final = (0, 21)
@@ -165,8 +165,8 @@ def _is_transposed(base: BaseModel, adapter: Adapter, pair: Pair, shape: Sequenc
     if pair.kind == "embedding":
         plain = False
     elif len(shape) == 2:
-        conv1d = pair.module.rpartition(".")[2] in _CONV1D_LEAVES and base.has_type(_CONV1D_MODELS)
-        if transposed and not conv1d and (not adapter.config.get("fan_in_fan_out") or base.has_type(_CONV1D_MODELS)):
+        conv1d = pair.module.rpartition(".")[2] in CONV1D_LEAVES and base.has_type(CONV1D_MODELS)
+        if transposed and not conv1d and (not adapter.config.get("fan_in_fan_out") or base.has_type(CONV1D_MODELS)):
             transposed = False
         plain = plain and not transposed
     elif plain and transposed:

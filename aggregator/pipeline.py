@@ -29,13 +29,27 @@ from aggregator.cohort import (
     terms_of,
 )
 from aggregator.fold import next_tensors
-from aggregator.publish import carried_files, load_version, loadable_files, publish_manifest, version_files
+from aggregator.publish import carried_files, load_version, loadable_files, publish_manifest
+from aggregator.published import (
+    SOFTWARE,
+    latest_version,
+    leaves_in,
+    on_parent,
+    parent_of_round,
+    published_already,
+    require_signer,
+    with_cards,
+    with_log,
+)
 from aggregator.screening import MIN_COMPARED
+from rankup.errors import ConflictError
+from rankup.lineage import leaves_of_round
 from rankup.protocol import Pointer
 from rankup.records import BlobRef, Cohort, Evaluation, FoldedGroup, Manifest, Receipt, RoundRecord, Submission, Term
 from rankup.settings import CoordinatorSettings, StoreSettings, state_home
 from rankup.signing import load_private_key, public_key_hex, sign_bytes
 from rankup.store import Store
+from rankup.versions import manifest_digest
 
 LOSSES_A_TASK = 16
 """Contributions whose losses one task measures: it loads the base once for all of them."""
@@ -63,7 +77,7 @@ class Pipeline:
     async def admit(self, record: RoundRecord, submission: Submission, now: float, valid_in_a_row: int) -> Receipt:
         """Judge a delta, keep it if it is good, and write the receipt: see `aggregator.intake.admit`."""
         audited = self._audits(record, submission, valid_in_a_row)
-        parent = await asyncio.to_thread(self._parent, record) if audited else None
+        parent = await asyncio.to_thread(self._base, record) if audited else None
         receipt: Receipt = await tasks.result_of(
             tasks.admit_task.remote(
                 self._store_wire,
@@ -81,9 +95,10 @@ class Pipeline:
     async def fold(self, record: RoundRecord, receipts: Sequence[Receipt], now: float) -> Manifest:
         """The next version's manifest, without evaluation and model card; its tensors and files are blobs by then.
 
-        The same record, receipts and `now` give the same manifest, whatever the order of the receipts.
-        Raises StateError (no accepted receipt), InputError (none passed the screening), IntegrityError (a receipt of
-        another round; the parent does not check out), and what object storage raises.
+        It is added to the round's base or, where only undone and re-signed versions came since, to the latest version.
+        The same record, receipts, `now` and parent give the same manifest, whatever the order of the receipts.
+        Raises StateError (no accepted receipt), InputError (none passed the screening; another round was faster),
+        IntegrityError (a receipt of another round; the parent does not check out), and what object storage raises.
         """
         members = accepted_receipts(record, receipts)
         parent = await asyncio.to_thread(self._parent, record)
@@ -93,7 +108,7 @@ class Pipeline:
             cohort = await self._decide(record, members, shared, now)
         # Also of a decision that was found: a crash may have come before its checks were noted.
         cohort = await asyncio.to_thread(settle, self._store(), cohort)
-        terms = terms_of(record, cohort, members)
+        terms = on_parent(record, manifest_digest(parent), terms_of(record, cohort, members))
         fold_group = tasks.fold_group_task.options(num_gpus=tasks.gpu_share())
         folded: list[FoldedGroup] = await asyncio.gather(
             *(
@@ -104,8 +119,9 @@ class Pipeline:
         return await asyncio.to_thread(self._next_manifest, record, parent, terms, folded, now)
 
     async def evaluate(self, record: RoundRecord, manifest: Manifest) -> Evaluation:
-        """Held-out loss of `manifest` and of its parent on the round's dataset, in nats per completion token."""
-        parent = await asyncio.to_thread(self._parent, record)
+        """Held-out loss of `manifest`, which `fold` made, and of its parent on the round's dataset, in nats per
+        completion token."""
+        parent = await asyncio.to_thread(self._before, manifest)
         evaluation: Evaluation = await tasks.result_of(
             tasks.evaluate_task.remote(
                 self._store_wire, record, manifest, parent, self._settings.heldout_examples, self._cache
@@ -114,7 +130,10 @@ class Pipeline:
         return evaluation
 
     async def publish(self, manifest: Manifest) -> Pointer:
-        """Write the model card, then publish: see `aggregator.publish.publish_manifest`."""
+        """Write the cards, then publish: see `aggregator.publish.publish_manifest`.
+
+        Raises ConflictError where the latest version is neither its parent nor this one: fold again, on that one.
+        """
         return await asyncio.to_thread(self._publish, manifest)
 
     async def _decide(self, record: RoundRecord, members: Sequence[Receipt], parent: object, now: float) -> Cohort:
@@ -165,20 +184,35 @@ class Pipeline:
     def _store(self) -> Store:
         return tasks.store_from_wire(self._store_wire)
 
+    def _public_key(self) -> str:
+        return public_key_hex(load_private_key(self._publisher_key_file))
+
     def _parent(self, record: RoundRecord) -> Manifest:
-        key = public_key_hex(load_private_key(self._publisher_key_file))
-        model = record.request.model
-        return load_version(self._store(), model, record.base_version, record.base_manifest, publisher_key=key)
+        """What the round's sum is added to."""
+        return parent_of_round(self._store(), record, publisher_key=self._public_key()).manifest
+
+    def _base(self, record: RoundRecord) -> Manifest:
+        """What the round's volunteers trained on."""
+        return self._load(record.request.model, record.base_version, record.base_manifest)
+
+    def _before(self, manifest: Manifest) -> Manifest:
+        return self._load(manifest.model, manifest.version - 1, manifest.parent or "")
+
+    def _load(self, model: str, version: int, digest: str) -> Manifest:
+        store, key = self._store(), self._public_key()
+        keys = latest_version(store, model, publisher_key=key).manifest.keys
+        return load_version(store, model, version, digest, publisher_key=key, known_changes=keys)
 
     def _next_manifest(
         self, record: RoundRecord, parent: Manifest, terms: Sequence[Term], folded: Sequence[FoldedGroup], now: float
     ) -> Manifest:
+        store = self._store()
         groups, tensors = next_tensors(folded)
         dataset = record.request.dataset
         draft = Manifest(
             model=parent.model,
             version=parent.version + 1,
-            parent=record.base_manifest,
+            parent=manifest_digest(parent),
             round_id=record.round_id,
             recipe=record.request.recipe,
             denominator_log2=DENOMINATOR_LOG2,
@@ -186,14 +220,27 @@ class Pipeline:
             tensors=dict(tensors),
             groups=groups,
             files=carried_files(parent.files),
+            keys=parent.keys,
+            software=SOFTWARE,
             base_model=parent.base_model,
             licence=parent.licence,
             datasets=parent.datasets if dataset in parent.datasets else (*parent.datasets, dataset),
             created_at=now,
         )
-        return draft.model_copy(update={"files": loadable_files(self._store(), draft, draft.files)})
+        leaves = (*leaves_in(store, parent, publisher_key=self._public_key()), *leaves_of_round(draft))
+        files, log = with_log(store, draft.model, loadable_files(store, draft, draft.files), leaves)
+        return draft.model_copy(update={"files": files, "log": log})
 
     def _publish(self, manifest: Manifest) -> Pointer:
-        store = self._store()
-        complete = manifest.model_copy(update={"files": version_files(store, manifest, manifest.files)})
-        return publish_manifest(store, load_private_key(self._publisher_key_file), complete)
+        store, private_key = self._store(), load_private_key(self._publisher_key_file)
+        key = public_key_hex(private_key)
+        if (done := published_already(store, manifest, publisher_key=key)) is not None:
+            return done
+        require_signer(manifest, key)
+        try:
+            return publish_manifest(store, private_key, with_cards(store, manifest, publisher_key=key))
+        except ConflictError:
+            # Whoever found the manifest there may have moved the pointer to it already.
+            if (done := published_already(store, manifest, publisher_key=key)) is None:
+                raise
+            return done

@@ -1,36 +1,38 @@
-"""Publishing: the files of a version's folder, its model card, its sealed manifest and the pointer, in that order.
+"""Publishing: the files of a version's folder, its cards, its sealed manifest and the pointer, in that order.
 
 What always holds:
 - blobs first, then the manifest, which is written once and never replaced, then the pointer by compare-and-swap: a
   reader sees the old version or the new one, never a part;
 - the pointer moves one version at a time, from parent to child, and never back;
-- doing it again after a crash anywhere ends in the same place; two different rounds cannot both become version n;
-- text from outside (names of contributors, the base model's name) cannot add markup, links, table cells or YAML keys.
+- doing it again after a crash anywhere ends in the same place; two different rounds cannot both become version n.
 
-It does not decide whether a version is good enough (the round's release gate does) and does not compute tensors.
-Model card format: https://huggingface.co/docs/hub/model-cards.
+It does not decide whether a version is good enough (the round's release gate does) and does not compute tensors. What
+the cards say is for `aggregator.cards` and `aggregator.openness`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 
-import yaml
+from pydantic import ValidationError
 
 from aggregator.basemodel import INDEX
+from aggregator.cards import Chapter, model_card, openness_card
+from aggregator.openness import OPENNESS, OPENNESS_JSON, assess
 from rankup.dtypes import STORED_AS
-from rankup.errors import ConflictError, NotFoundError
+from rankup.errors import ConflictError, IntegrityError, NotFoundError
+from rankup.lineage import CONTRIBUTIONS_NAME
 from rankup.message import canonical_json
 from rankup.protocol import Pointer
-from rankup.records import FileEntry, Manifest
+from rankup.records import ContributionList, DatasetCard, FileEntry, KeyChange, Manifest
 from rankup.signing import Ed25519PrivateKey, public_key_hex
 from rankup.store import Store, put_blob
 from rankup.versions import (
     MAX_ENVELOPE_BYTES,
     MAX_POINTER_BYTES,
+    dataset_key,
     manifest_digest,
     manifest_key,
     open_envelope,
@@ -41,19 +43,19 @@ from rankup.versions import (
 )
 
 README = "README.md"
-MAX_CARD_ROWS = 1000
-"""Contributors in the card's table; the manifest lists all of them."""
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+MADE_ANEW = (README, INDEX, OPENNESS, OPENNESS_JSON, CONTRIBUTIONS_NAME)
+"""Files of a folder that each version has of its own; it takes over all others from its parent."""
+MAX_CHAPTERS = 100
+"""Earlier versions that a model card tells of."""
+MAX_DATASET_CARD_BYTES = 256 * 1024 * 1024
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
 def carried_files(files: Sequence[FileEntry]) -> tuple[FileEntry, ...]:
-    """What a version takes over from its parent as it is: config and tokenizer, but neither card nor index."""
-    return tuple(sorted((f for f in files if f.path not in (README, INDEX)), key=lambda f: f.path))
+    """What a version takes over from its parent as it is: config and tokenizer, but nothing of `MADE_ANEW`."""
+    return tuple(sorted((f for f in files if f.path not in MADE_ANEW), key=lambda f: f.path))
 
 
 def loadable_files(store: Store, manifest: Manifest, carried: Sequence[FileEntry]) -> tuple[FileEntry, ...]:
@@ -67,13 +69,67 @@ def loadable_files(store: Store, manifest: Manifest, carried: Sequence[FileEntry
     return tuple(sorted(files, key=lambda file: file.path))
 
 
-def version_files(store: Store, manifest: Manifest, carried: Sequence[FileEntry]) -> tuple[FileEntry, ...]:
-    """Everything in a version's folder but the tensors, sorted by path: `loadable_files` and the model card.
+def version_files(
+    store: Store,
+    manifest: Manifest,
+    carried: Sequence[FileEntry],
+    *,
+    history: Sequence[Chapter] = (),
+    datasets: Sequence[DatasetCard] = (),
+    contributions: ContributionList | None = None,
+) -> tuple[FileEntry, ...]:
+    """Everything in a version's folder but the tensors, sorted by path: `loadable_files`, the cards and the log.
 
-    `carried` may be the parent's files or an earlier result of this function: card and index are always made anew.
+    `carried` may be the parent's files or an earlier result of this function: what is in `MADE_ANEW` is made anew.
+
+    Args:
+        history: of the versions before this one, oldest first (`load_history`).
+        datasets: cards of the manifest's datasets (`load_datasets`).
+        contributions: the leaves of the manifest's log; None: the folder gets no list of them.
     """
-    card = _put_file(store, README, model_card(manifest).encode())
-    return tuple(sorted((*loadable_files(store, manifest, carried), card), key=lambda file: file.path))
+    record = assess(manifest, datasets)
+    made = {
+        README: model_card(manifest, history).encode(),
+        OPENNESS: openness_card(record).encode(),
+        OPENNESS_JSON: json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False).encode() + b"\n",
+    }
+    if contributions is not None:
+        made[CONTRIBUTIONS_NAME] = canonical_json(contributions)
+    new = [_put_file(store, path, data) for path, data in made.items()]
+    return tuple(sorted((*loadable_files(store, manifest, carried), *new), key=lambda file: file.path))
+
+
+def load_history(store: Store, manifest: Manifest, *, publisher_key: str) -> tuple[Chapter, ...]:
+    """Chapters of the published versions before `manifest`, oldest first, at most `MAX_CHAPTERS`.
+
+    The chain of parents is followed as far as the store has it. Raises IntegrityError, and what the store raises.
+    """
+    chapters: list[Chapter] = []
+    version, digest = manifest.version - 1, manifest.parent
+    while digest is not None and len(chapters) < MAX_CHAPTERS:
+        try:
+            parent = load_version(
+                store, manifest.model, version, digest, publisher_key=publisher_key, known_changes=manifest.keys
+            )
+        except NotFoundError:
+            break
+        chapters.append(Chapter.of(parent))
+        version, digest = version - 1, parent.parent
+    return tuple(reversed(chapters))
+
+
+def load_datasets(store: Store, manifest: Manifest) -> tuple[DatasetCard, ...]:
+    """The cards of the manifest's datasets that there are. Raises IntegrityError, and what the store raises."""
+    cards: list[DatasetCard] = []
+    for name in manifest.datasets:
+        try:
+            data = store.get(dataset_key(name), max_bytes=MAX_DATASET_CARD_BYTES)
+            cards.append(DatasetCard.model_validate_json(data))
+        except NotFoundError:
+            continue
+        except ValidationError as exc:
+            raise IntegrityError(f"the card of dataset {name} is not readable") from exc
+    return tuple(cards)
 
 
 def tensor_index(manifest: Manifest) -> bytes:
@@ -89,111 +145,14 @@ def _put_file(store: Store, path: str, data: bytes) -> FileEntry:
     return FileEntry(sha256=ref.sha256, size_bytes=ref.size_bytes, path=path)
 
 
-# -- the model card ----------------------------------------------------------------------------------------------------
-
-
-def model_card(manifest: Manifest) -> str:
-    """README.md of a version: YAML front matter for the hub, then where it comes from and how to check it.
-
-    Depends on the manifest alone, but for its list of files.
-    """
-    blocks = [
-        _front_matter(manifest),
-        f"# {manifest.model}, version {manifest.version}",
-        _origin(manifest),
-        *_measured(manifest),
-        *_contributions(manifest),
-        _how_to(manifest),
-    ]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _front_matter(manifest: Manifest) -> str:
-    licence = manifest.licence.lower()
-    known = _LICENCE_ID.fullmatch(licence) is not None
-    fields: dict[str, object] = {"library_name": "transformers", "license": licence if known else "other"}
-    if not known:
-        fields["license_name"] = _plain(manifest.licence)
-    # The hub refuses a card whose base_model is not a name on the hub, such as a folder or a file.
-    if _HUB_NAME.fullmatch(manifest.base_model):
-        fields["base_model"] = manifest.base_model
-    if manifest.datasets:
-        fields["datasets"] = list(manifest.datasets)
-    fields["tags"] = ["rankup", "lora", "community-trained"]
-    return "---\n" + yaml.safe_dump(fields, sort_keys=True, width=10_000) + "---"
-
-
-def _origin(manifest: Manifest) -> str:
-    base = f"Base model: {_code(manifest.base_model)}. Licence: {_code(manifest.licence)}."
-    if manifest.parent is None:
-        return f"The base model as it is, before the first round.\n\n{base}"
-    datasets = ", ".join(_code(name) for name in manifest.datasets) or "none"
-    return (
-        f"Made in round {_code(manifest.round_id or '')} from version {manifest.version - 1} by {len(manifest.terms)} "
-        "contributions: volunteers trained low-rank deltas B·A, and their exact weighted sum was added to the full "
-        f"weights.\n\n{base} Datasets: {datasets}.\n\nParent manifest: {_code(manifest.parent)}"
-    )
-
-
-def _measured(manifest: Manifest) -> list[str]:
-    evaluation = manifest.evaluation
-    if evaluation is None:
-        return []
-    before = evaluation.parent_heldout_loss
-    rows = ["| | held-out loss, nats per token |", "|---|---|"]
-    if before is not None:
-        rows.append(f"| version {manifest.version - 1} | {before:.4f} |")
-    rows.append(f"| version {manifest.version} | {evaluation.heldout_loss:.4f} |")
-    size = f"Measured on {evaluation.examples} examples ({evaluation.tokens} tokens) that no volunteer can fetch."
-    return ["## Held-out loss", "\n".join(rows), size]
-
-
-def _contributions(manifest: Manifest) -> list[str]:
-    if not manifest.terms:
-        return []
-    denominator = 2**manifest.denominator_log2
-    rows = ["| contributor | shard | tokens | weight | contribution |", "|---|---|---|---|---|"]
-    for term in manifest.terms[:MAX_CARD_ROWS]:
-        weight = f"{term.coefficient}/{denominator}"
-        cells = (_code(term.worker_name), str(term.shard), f"{term.tokens:,}", weight, _code(term.contribution[:16]))
-        rows.append(f"| {' | '.join(cells)} |")
-    more = len(manifest.terms) - MAX_CARD_ROWS
-    rest = [f"And {more} more, listed in the manifest."] if more > 0 else []
-    return ["## Contributors", "\n".join(rows), *rest]
-
-
-def _how_to(manifest: Manifest) -> str:
-    name = f"{manifest.model}@{manifest.version}"
-    return (
-        "## Pull and verify\n\n"
-        "With the address of the server that published this version as `URL`:\n\n"
-        f"```sh\nrankup pull URL {name} --to {manifest.model}\nrankup verify URL {name}\n```\n\n"
-        "`pull` checks the publisher's signature and every hash. `verify` adds the contributions to the parent again "
-        "and compares every tensor, bit for bit."
-    )
-
-
-def _plain(text: str) -> str:
-    """One line: characters that do not print, among them line breaks and bidirectional marks, are replaced."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
-def _code(text: str) -> str:
-    """Text from outside as a code span, in which neither markdown nor HTML nor links mean anything.
-
-    Only a backtick could end the span and only a pipe the table's cell: both are replaced by their look-alikes.
-    """
-    return "`" + _plain(text).replace("`", "'").replace("|", "¦") + "`"
-
-
 # -- the manifest and the pointer --------------------------------------------------------------------------------------
 
 
 def publish_manifest(store: Store, private_key: Ed25519PrivateKey, manifest: Manifest) -> Pointer:
     """Seal `manifest`, write it, move the pointer to it; returns the pointer to this version.
 
-    Redo-safe: a manifest that is there already is adopted when it has the same round, parent and tensors (a crash came
-    between the two steps, or after them), and a pointer that is at this version or beyond stays where it is.
+    Redo-safe: a manifest that is there already is adopted when it has the same round or change, parent and tensors (a
+    crash came between the two steps, or after them), and a pointer that is at this version or beyond stays where it is.
 
     Raises ConflictError (the version belongs to another round, or the pointer is not at the parent), IntegrityError
     (what is stored is not readable or not signed by this key), and what the store raises.
@@ -238,13 +197,19 @@ def _write_once(store: Store, private_key: Ed25519PrivateKey, manifest: Manifest
     except ConflictError:
         data = store.get(key, max_bytes=MAX_ENVELOPE_BYTES)
         there, digest, _ = open_envelope(data, publisher_key=public_key_hex(private_key))
-        if (there.round_id, there.parent, there.tensors) != (manifest.round_id, manifest.parent, manifest.tensors):
+        if _identity(there) != _identity(manifest):
+            made_by = there.round_id or ("the base" if there.change is None else f"a {there.change.kind}")
             raise ConflictError(
-                f"version {manifest.version} of {manifest.model} exists already, from {there.round_id or 'the base'}",
+                f"version {manifest.version} of {manifest.model} exists already, from {made_by}",
                 remedy="Open a round on the latest version; the contributions of this one are kept.",
             ) from None
         return digest
     return manifest_digest(manifest)
+
+
+def _identity(manifest: Manifest) -> object:
+    """What two manifests of one version must agree in to be the same step; times and cards may differ."""
+    return manifest.round_id, manifest.change, manifest.parent, manifest.tensors
 
 
 def _latest(store: Store, model: str) -> tuple[Pointer | None, str | None]:
@@ -255,12 +220,15 @@ def _latest(store: Store, model: str) -> tuple[Pointer | None, str | None]:
     return parse_pointer(data, model=model), etag
 
 
-def load_version(store: Store, model: str, version: int, digest: str, *, publisher_key: str) -> Manifest:
-    """The published manifest of one version, with the digest that a round names as its base.
+def load_version(
+    store: Store, model: str, version: int, digest: str, *, publisher_key: str, known_changes: Sequence[KeyChange] = ()
+) -> Manifest:
+    """The published manifest of one version, with the digest that a round or a child names.
 
-    Raises NotFoundError, and IntegrityError where signature, model, version or digest differ.
+    `known_changes`: of the publisher's key, as a later version has them. Raises NotFoundError, and IntegrityError where
+    signature, model, version or digest differ.
     """
     data = store.get(manifest_key(model, version), max_bytes=MAX_ENVELOPE_BYTES)
-    manifest, found, _ = open_envelope(data, publisher_key=publisher_key)
+    manifest, found, _ = open_envelope(data, publisher_key=publisher_key, known_changes=known_changes)
     require_asked(manifest, found, model=model, version=version, pointed=digest)
     return manifest

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -100,10 +100,12 @@ def read_pointer(store: Store, model: str) -> Pointer:
         ) from exc
 
 
-def read_manifest(store: Store, pointer: Pointer, *, publisher_key: str | None = None) -> Manifest:
+def read_manifest(
+    store: Store, pointer: Pointer, *, publisher_key: str | None = None, known_changes: Sequence[KeyChange] = ()
+) -> Manifest:
     """The manifest that a pointer names, checked against it. Raises NotFoundError, IntegrityError."""
     data = _read_envelope(store, pointer.model, pointer.version)
-    manifest, digest, _ = open_envelope(data, publisher_key=publisher_key)
+    manifest, digest, _ = open_envelope(data, publisher_key=publisher_key, known_changes=known_changes)
     require_asked(manifest, digest, model=pointer.model, version=pointer.version, pointed=pointer.manifest)
     return manifest
 

@@ -36,6 +36,7 @@ from coordinator.rounds import (
     Failed,
     Folded,
     OpenNext,
+    Overtaken,
     Publish,
     Published,
     ReapLeases,
@@ -65,13 +66,14 @@ class Aggregator(Protocol):
         """Judge a delta and write the receipt to object storage; `valid_in_a_row` is the worker's record so far."""
 
     async def fold(self, record: RoundRecord, receipts: Sequence[Receipt], now: float) -> Manifest:
-        """Add the accepted contributions to the base; the manifest has no evaluation yet."""
+        """Add the accepted contributions to the base, or to the latest version where only undone or re-signed versions
+        came since; the manifest has no evaluation yet."""
 
     async def evaluate(self, record: RoundRecord, manifest: Manifest) -> Evaluation:
         """Held-out loss of the folded version and of its parent."""
 
     async def publish(self, manifest: Manifest) -> Pointer:
-        """Seal and write the manifest, then move the pointer."""
+        """Seal and write the manifest, then move the pointer. Raises ConflictError: its parent is not the latest."""
 
 
 class Keeper:
@@ -171,7 +173,12 @@ class Keeper:
                 await self._report(record, Evaluated(await self._aggregator.evaluate(record, manifest)))
             case Publish(evaluation=evaluation):
                 manifest = await self._draft(record, facts.folded_manifest)
-                pointer = await self._aggregator.publish(manifest.model_copy(update={"evaluation": evaluation}))
+                try:
+                    pointer = await self._aggregator.publish(manifest.model_copy(update={"evaluation": evaluation}))
+                except ConflictError as exc:
+                    log.info("round_overtaken", cause=exc.cause)
+                    await self._report(record, Overtaken())
+                    return
                 await self._report(record, Published(pointer.version))
                 log.info("version_published", model=pointer.model, version=pointer.version)
             case OpenNext(index=index):
@@ -185,7 +192,7 @@ class Keeper:
                     publisher_key=self._publisher_key,
                 )
 
-    async def _report(self, record: RoundRecord, event: Folded | Evaluated | Published) -> None:
+    async def _report(self, record: RoundRecord, event: Folded | Evaluated | Published | Overtaken) -> None:
         await self._ledger.apply(record.round_id, event, self._clock())
 
     async def _admit(self, record: RoundRecord) -> None:

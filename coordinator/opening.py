@@ -133,10 +133,11 @@ def _older_bases(
 ) -> tuple[str, ...]:
     """Digests of the versions before the base that the recipe still welcomes deltas of, newest first."""
     older: list[str] = []
+    changes = manifest.keys
     while manifest.parent is not None and len(older) < request.recipe.aggregation.max_staleness:
         older.append(manifest.parent)
         pointer = pointer.model_copy(update={"version": pointer.version - 1, "manifest": manifest.parent})
-        manifest = read_manifest(store, pointer, publisher_key=publisher_key)
+        manifest = read_manifest(store, pointer, publisher_key=publisher_key, known_changes=changes)
     return tuple(older)
 
 

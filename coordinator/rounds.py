@@ -1,9 +1,9 @@
 """The life of one round, as a pure function: `step(facts, event, now) -> (facts, commands)`.
 
-    DRAFT ──Open──> OPEN ──quorum, deadline or Close──> CLOSING ──no verdict awaited──> AGGREGATING
-                                                                                             │ Folded
-    PUBLISHED <──Published── EVALUATING (gate passed) <──Evaluated── EVALUATING <────────────┘
-    REJECTED  <──────────────────── gate failed ──────Evaluated────────┘
+    DRAFT ──Open──> OPEN ──quorum, deadline or Close──> CLOSING ──no verdict awaited──> AGGREGATING <───┐
+                                                                                             │ Folded   │
+    PUBLISHED <──Published── EVALUATING (gate passed) <──Evaluated── EVALUATING <────────────┘          │
+    REJECTED  <──────────────────── gate failed ──────Evaluated────────┘ └──────────Overtaken───────────┘
 
     CANCELLED <── Cancel, from every state until the gate has passed; or closed with nothing accepted
 
@@ -133,13 +133,18 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Overtaken:
+    """The model has another version where the folded one should go: fold again, on that one, and measure again."""
+
+
+@dataclass(frozen=True)
 class Failed:
     """Carrying out a command failed: the state stays, the next Tick asks again."""
 
     reason: str
 
 
-Event = Open | Tick | Close | Cancel | Folded | Evaluated | Published | Failed
+Event = Open | Tick | Close | Cancel | Folded | Evaluated | Published | Overtaken | Failed
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -263,6 +268,8 @@ def step(facts: RoundFacts, event: Event, now: float) -> Outcome:
             facts = _evaluated(facts, event)
         case Published(version=version):
             facts = _published(facts, version)
+        case Overtaken():
+            facts = _overtaken(facts)
     return facts, owed(facts)
 
 
@@ -353,3 +360,11 @@ def _published(facts: RoundFacts, version: int) -> RoundFacts:
     if facts.state is not RoundState.EVALUATING or facts.evaluation is None:
         raise _refuse(facts, "be published", "Evaluate its version first.")
     return replace(facts, state=RoundState.PUBLISHED, published_version=version, failures=0, failure="")
+
+
+def _overtaken(facts: RoundFacts) -> RoundFacts:
+    if facts.state is RoundState.AGGREGATING:
+        return facts
+    if facts.state is not RoundState.EVALUATING:
+        raise _refuse(facts, "be folded again", "Tick, and carry out what the round asks for.")
+    return replace(facts, state=RoundState.AGGREGATING, folded_manifest=None, evaluation=None, failures=0, failure="")

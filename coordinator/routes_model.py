@@ -20,8 +20,10 @@ from coordinator.openapi import refusals
 from rankup.errors import NotFoundError, UnreachableError
 from rankup.message import Answer, Digest, Identifier
 from rankup.protocol import PROTOCOL_VERSION, Pointer, ServerInfo, VersionView
-from rankup.records import DatasetCard
+from rankup.records import DatasetCard, Retained
+from rankup.retained import MAX_RETAINED_BYTES, parse_retained
 from rankup.store import blob_key
+from rankup.versions import retained_key
 
 READY_TIMEOUT_S = 5.0
 MAX_VERSIONS = 1000
@@ -128,6 +130,21 @@ async def show_version(
     if headers["ETag"] in known or "*" in known:
         return Response(status_code=304, headers=headers)
     return Response(sealed.data, media_type="application/json", headers=headers)
+
+
+@router.get("/models/{model}/retained", responses=refusals(404))
+async def show_retained(model: ModelName, desk: DeskOf) -> Retained:
+    """Which parts of which versions are no longer kept: a hint for planning a download, not signed."""
+
+    def read() -> Retained:
+        try:
+            data = desk.store.get(retained_key(model), max_bytes=MAX_RETAINED_BYTES)
+        except NotFoundError:
+            desk.catalogue.pointer(model)  # tells an unknown model from one of which everything is kept
+            return Retained(model=model)
+        return parse_retained(data, model=model)
+
+    return await desk.in_thread(read)
 
 
 @router.head("/blobs/{sha256}", include_in_schema=False)

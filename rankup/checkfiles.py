@@ -13,20 +13,26 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from rankup.download import OnProgress, PullProgress
 from rankup.dtypes import master_dtype
 from rankup.errors import IntegrityError, NotFoundError
-from rankup.folder import ENVELOPE_NAME, Want, read_folder_state, sha256_of, wanted_files
-from rankup.records import Group, Manifest
+from rankup.folder import ENVELOPE_NAME, FolderState, Want, read_folder_state, sha256_of, wanted_files
+from rankup.records import Group, Manifest, TensorEntry
 from rankup.tensorfile import TensorFile
 from rankup.versions import MAX_ENVELOPE_BYTES, open_envelope
 
 _PIECE_BYTES = 4 * 1024**2
+
+Level = Literal["files", "chain", "round", "all"]
+"""How much is proved: what lies in a folder; manifests back to version 0; one version's tensors; every version's."""
+
+QUALITY: Final = "the held-out losses that manifests state, or that the model is good"
+PEOPLE: Final = "who the contributors are and what data they trained on"
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,24 @@ class Report:
     version: int
     manifest: str
     publisher_key: str
-    level: Literal["files", "replay"]
+    level: Level
+    versions: int
+    """How many had their manifests checked."""
     tensors: int
-    """How many had their hashes checked."""
+    """How many had their hashes checked, of all versions that were replayed."""
     changed: int
     """Tensors whose master differs from the parent's; 0 where nothing was replayed."""
     contributions: int
     """Those with a part in the sum."""
     mismatches: tuple[str, ...]
     bytes: int
+    """Of the files, masters and contributions that were looked at."""
     seconds: float
     note: str
+    proved: tuple[str, ...] = ()
+    """What follows from a report that is `ok`, a sentence each."""
+    unproved: tuple[str, ...] = ()
+    """What does not."""
 
     @property
     def ok(self) -> bool:
@@ -63,6 +76,7 @@ class Tally:
     stage: str
     total_bytes: int
     started: float = 0.0
+    versions: int = 1
     tensors: int = 0
     changed: int = 0
     done_bytes: int = 0
@@ -75,25 +89,46 @@ class Tally:
         """Count bytes as done and tell the progress."""
         self.done_bytes += count
         if self.progress is not None:
-            self.progress(PullProgress(self.stage, self.done_bytes, self.total_bytes))
+            self.progress(PullProgress(self.stage, self.done_bytes, max(self.done_bytes, self.total_bytes)))
+
+    def compare(self, label: str, made: Mapping[str, TensorEntry], manifest: Manifest, parent: Manifest) -> None:
+        """Count the tensors of a version that was made again; those that differ become mismatches, named after
+        `label`."""
+        for name, entry in manifest.tensors.items():
+            if made.get(name) != entry:
+                self.mismatches.append(label + name)
+            self.tensors += 1
+            self.changed += entry.master != parent.tensors[name].master
 
     def report(
-        self, manifest: Manifest, digest: str, key: str, level: Literal["files", "replay"], terms: int, note: str
+        self,
+        manifest: Manifest,
+        digest: str,
+        key: str,
+        level: Level,
+        *,
+        contributions: int,
+        note: str,
+        proved: Sequence[str],
+        unproved: Sequence[str] = (),
     ) -> Report:
-        """The report as of now."""
+        """The report as of now; what no level proves is added."""
         return Report(
             model=manifest.model,
             version=manifest.version,
             manifest=digest,
             publisher_key=key,
             level=level,
+            versions=self.versions,
             tensors=self.tensors,
             changed=self.changed,
-            contributions=terms,
+            contributions=contributions,
             mismatches=tuple(self.mismatches),
             bytes=self.done_bytes,
             seconds=self.clock() - self.started,
             note=note,
+            proved=tuple(proved),
+            unproved=(*unproved, PEOPLE, QUALITY),
         )
 
 
@@ -112,17 +147,7 @@ def verify_files(
         NotFoundError: no pull has finished in this folder.
         IntegrityError: the manifest is not signed by that key or not the one that was pulled.
     """
-    state = read_folder_state(folder)
-    if state is None or not state.complete:
-        raise NotFoundError(f"no complete version lies in {folder}", remedy="Run `rankup pull` into it first.")
-    try:
-        with (folder / ENVELOPE_NAME).open("rb") as sealed:
-            envelope = sealed.read(MAX_ENVELOPE_BYTES + 1)
-    except FileNotFoundError as exc:
-        raise NotFoundError(f"{folder} lacks {ENVELOPE_NAME}", remedy="Pull the version again.") from exc
-    manifest, digest, key = open_envelope(envelope, publisher_key=publisher_key or state.publisher_key)
-    if digest != state.manifest:
-        raise IntegrityError(f"the manifest in {folder} is {digest[:16]}…, but {str(state.manifest)[:16]}… was pulled")
+    state, manifest, digest, key = open_folder(folder, publisher_key=publisher_key)
     files = wanted_files(manifest, state.want)
     tally = Tally(clock, progress, "checking", sum(file.size_bytes for file in files))
     groups = {(group.export if state.want == "export" else group.master).path: group for group in manifest.groups}
@@ -133,8 +158,44 @@ def verify_files(
         elif file.path in groups:
             check_group(tally, manifest, groups[file.path], state.want, path)
         tally.add_bytes(file.size_bytes)
-    note = f"every file of the {state.want} was hashed; nothing was replayed"
-    return tally.report(manifest, digest, key, "files", len(manifest.terms), note)
+    return tally.report(
+        manifest,
+        digest,
+        key,
+        "files",
+        contributions=manifest.log.size,
+        note=f"every file of the {state.want} was hashed; nothing was replayed",
+        proved=(
+            f"every file of version {manifest.version} is here with the bytes that its manifest names",
+            f"the manifest is signed by {key[:16]}…",
+        ),
+        unproved=("how the version was made: --level round, or all, of its source",),
+    )
+
+
+def open_folder(folder: Path, *, publisher_key: str | None) -> tuple[FolderState, Manifest, str, str]:
+    """What a pulled folder remembers, and its manifest with its identity and the key (hex) that signed it.
+
+    The signature must be by `publisher_key`, or by the key that the folder has pinned.
+
+    Raises:
+        NotFoundError: no pull has finished in this folder.
+        IntegrityError: the manifest is not signed by that key or not the one that was pulled.
+    """
+    state = read_folder_state(folder)
+    if state is None or not state.complete:
+        raise NotFoundError(f"no complete version lies in {folder}", remedy="Run `rankup pull` into it first.")
+    try:
+        with (folder / ENVELOPE_NAME).open("rb") as sealed:
+            envelope = sealed.read(MAX_ENVELOPE_BYTES + 1)
+    except FileNotFoundError as exc:
+        raise NotFoundError(f"{folder} lacks {ENVELOPE_NAME}", remedy="Pull the version again.") from exc
+    manifest, digest, key = open_envelope(
+        envelope, publisher_key=publisher_key or state.publisher_key, known_changes=state.keys
+    )
+    if digest != state.manifest:
+        raise IntegrityError(f"the manifest in {folder} is {digest[:16]}…, but {str(state.manifest)[:16]}… was pulled")
+    return state, manifest, digest, key
 
 
 def check_group(tally: Tally, manifest: Manifest, group: Group, side: Want, path: Path) -> None:

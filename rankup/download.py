@@ -5,7 +5,8 @@ What always holds:
 - a killed fetch goes on where it stopped; bytes that arrived are kept unless the finished blob has a wrong hash, and
   then it is fetched once more from the start before the error is raised;
 - never more bytes are written than the reference says, and free space is checked before the first one;
-- trouble of the network is ridden out by `Patience`, counted anew whenever bytes arrived.
+- trouble of the network is ridden out by `Patience`, counted anew whenever bytes arrived;
+- with a `RateLimit`, all threads together take no more bytes a second than it allows.
 
 It knows nothing of versions: `rankup.pull` and `rankup.replay` decide what is fetched and what it is worth.
 """
@@ -16,13 +17,14 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from rankup.errors import DiskFullError, IntegrityError, RetryableError, UnreachableError
+from rankup.errors import DiskFullError, InputError, IntegrityError, RetryableError, UnreachableError
 from rankup.folder import disk_errors
 from rankup.records import BlobRef
 from rankup.sources import Patience, Source
@@ -32,7 +34,8 @@ READ_BYTES = 1024 * 1024
 
 @dataclass(frozen=True)
 class PullProgress:
-    """How far it is. `stage` is "checking", "downloading", "installing" or "replaying"; bytes that were there count."""
+    """How far it is; bytes that were there count. `stage` is "checking", "downloading", "applying", "installing",
+    "replaying" or "summing"."""
 
     stage: str
     done_bytes: int
@@ -40,6 +43,33 @@ class PullProgress:
 
 
 OnProgress = Callable[[PullProgress], None]
+
+
+class RateLimit:
+    """A token bucket that all threads of one or more fetches share: `bytes_per_s`, with bursts of `burst_s` seconds.
+
+    `clock` is a monotonic one, in seconds. Law: in any stretch of t seconds no more than
+    bytes_per_s * (t + burst_s) bytes are let through, and one chunk of each thread.
+    """
+
+    def __init__(
+        self, bytes_per_s: float, *, burst_s: float = 0.25, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Raises InputError where the rate is not above 0."""
+        if not bytes_per_s > 0:
+            raise InputError(f"a limit of {bytes_per_s:g} bytes a second lets nothing through")
+        self._bytes_per_s = bytes_per_s
+        self._burst_s = burst_s
+        self._clock = clock
+        self._paid_until = float("-inf")
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> float:
+        """Seconds to wait after `count` bytes that have just arrived, before more are asked for."""
+        with self._lock:
+            now = self._clock()
+            self._paid_until = max(self._paid_until, now - self._burst_s) + count / self._bytes_per_s
+            return max(0.0, self._paid_until - now)
 
 
 def fetch(
@@ -50,8 +80,11 @@ def fetch(
     parallel: int = 4,
     patience: Patience | None = None,
     progress: OnProgress | None = None,
+    limit: RateLimit | None = None,
 ) -> None:
     """Have every blob of `refs` as `folder/<sha256>`, complete and checked. The caller holds the folder's lock.
+
+    `limit` caps the bytes a second of all threads together; None: as fast as they come.
 
     Raises:
         DiskFullError: too little space; raised before the first byte where that can be told.
@@ -67,7 +100,7 @@ def fetch(
     needed_bytes = sum(max(0, ref.size_bytes - present[ref.sha256]) for ref in wanted)
     if needed_bytes > free_bytes:
         raise DiskFullError(f"{needed_bytes} bytes are needed in {folder}, {free_bytes} are free")
-    task = _Task(source, folder, patience or Patience(), sum(ref.size_bytes for ref in wanted), progress)
+    task = _Task(source, folder, patience or Patience(), sum(ref.size_bytes for ref in wanted), progress, limit)
     pool = ThreadPoolExecutor(max_workers=max(1, min(parallel, len(wanted))), thread_name_prefix="rankup-fetch")
     try:
         for future in as_completed([pool.submit(task.fetch_one, ref) for ref in wanted]):
@@ -85,7 +118,13 @@ class _Task:
     """One call of `fetch`, shared by its threads."""
 
     def __init__(
-        self, source: Source, folder: Path, patience: Patience, total_bytes: int, progress: OnProgress | None
+        self,
+        source: Source,
+        folder: Path,
+        patience: Patience,
+        total_bytes: int,
+        progress: OnProgress | None,
+        limit: RateLimit | None,
     ) -> None:
         self.stopped = threading.Event()
         self._source = source
@@ -94,6 +133,7 @@ class _Task:
         self._total_bytes = total_bytes
         self._done_bytes = 0
         self._progress = progress
+        self._limit = limit
         self._lock = threading.Lock()
 
     def fetch_one(self, ref: BlobRef) -> None:
@@ -157,6 +197,9 @@ class _Task:
                 update(chunk)
                 position += len(chunk)
                 self._report(len(chunk))
+                # What was passed over came through the wire too.
+                if self._limit is not None and self.stopped.wait(self._limit.take(len(arrived))):
+                    raise _StoppedError
         if position < ref.size_bytes:
             raise UnreachableError(f"the blob {ref.sha256[:16]}… broke off after {position} of {ref.size_bytes} bytes")
         return None

@@ -22,9 +22,10 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from rankup.durable import write_file
-from rankup.errors import DiskFullError, SetupError, StateError
+from rankup.errors import DiskFullError, IntegrityError, SetupError, StateError
 from rankup.message import Digest, Identifier, Message, PublicKey, canonical_json
-from rankup.records import FileEntry, Manifest
+from rankup.records import FileEntry, KeyChange, Manifest
+from rankup.routes import state_files
 
 STATE_NAME = ".rankup.json"
 ENVELOPE_NAME = ".rankup.manifest.json"
@@ -40,7 +41,9 @@ class FolderState(Message):
     format: Literal["rankup.folder/1"] = "rankup.folder/1"
     model: Identifier
     publisher_key: PublicKey
-    """Pinned at the first contact, or named by the user."""
+    """Pinned at the first contact or named by the user; it follows the publisher's changes of key, and never back."""
+    keys: tuple[KeyChange, ...] = ()
+    """The changes of key in the newest manifest that was trusted: older versions open with them."""
     latest: int | None = None
     """The highest version that was seen as latest."""
     known: dict[int, Digest] = Field(default_factory=dict)
@@ -56,8 +59,18 @@ class FolderState(Message):
 
 
 def wanted_files(manifest: Manifest, want: Want) -> tuple[FileEntry, ...]:
-    """The files of a pull: "export" is what `from_pretrained` reads, "master" the float32 masters and nothing else."""
-    return manifest.export_files() if want == "export" else tuple(group.master for group in manifest.groups)
+    """The files of a pull: "export" is what `from_pretrained` reads; "master" what the fold goes on from, the float32
+    masters and, where the outer step keeps a state, the momenta.
+
+    Raises IntegrityError: a master and a momentum have one name.
+    """
+    if want == "export":
+        return manifest.export_files()
+    files = state_files(manifest)
+    names = [file.path.casefold() for file in files]
+    if len(set(names)) != len(names):
+        raise IntegrityError("a master and a momentum of the version have the same name")
+    return files
 
 
 def read_folder_state(folder: Path) -> FolderState | None:

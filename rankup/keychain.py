@@ -3,11 +3,12 @@
 Rules, in the order in which they are checked; the first that fails raises IntegrityError:
 
  1. The changes in a manifest are of its model, each begins with the key that the one before ended with, at a higher
-    version, none later than the manifest's own; every one is signed by its old key.
+    version, none later than the manifest's own; no key comes a second time; every change is signed by its old key.
  2. The manifest is signed by the last new key of its changes.
  3. The reader's key is the signer; or one of the changes in the manifest begins with it (the publisher has a new key,
     and the reader's own vouches for it); or changes that the reader knows lead from the signer to the reader's key and
-    the manifest is older than the first of them (an old version, signed by the key of its time).
+    the version lies before the first of them and not before the change that brought the signer (an old version, signed
+    by the key of its time).
 
 So a key that was replaced can sign nothing new, and one that was never named can sign nothing at all. A stolen key can
 name a successor: whoever learns of that pins another key by hand.
@@ -43,6 +44,9 @@ def require_chain(changes: Sequence[KeyChange], *, model: str, version: int, sig
         raise IntegrityError(f"the manifest of {model} repeats a change of key of another model")
     if any(first.new != second.old for first, second in itertools.pairwise(statements)):
         raise IntegrityError("the changes of the publisher's key do not follow each other")
+    keys = [*(statement.old for statement in statements), *(statement.new for statement in statements[-1:])]
+    if len(set(keys)) != len(keys):
+        raise IntegrityError("the changes of the publisher's key come back to a key that was replaced")
     if any(first.from_version >= second.from_version for first, second in itertools.pairwise(statements)):
         raise IntegrityError("the changes of the publisher's key are not in the order of their versions")
     if statements and statements[-1].from_version > version:
@@ -60,9 +64,12 @@ def require_trusted(
     if pinned == signer or any(change.statement.old == pinned for change in changes):
         return
     path = [change.statement for change in known]
-    for number, statement in enumerate(path):
-        if statement.old == signer and version < statement.from_version and path[-1].new == pinned:
-            require_chain(known[number:], model=statement.model, version=path[-1].from_version, signer=pinned)
+    for start, statement in enumerate(path):
+        begins = path[start - 1].from_version if start else 0
+        ends = [place for place in range(start, len(path)) if path[place].new == pinned]
+        if statement.old == signer and begins <= version < statement.from_version and ends:
+            last = path[ends[0]]
+            require_chain(known[start : ends[0] + 1], model=statement.model, version=last.from_version, signer=pinned)
             return
     raise IntegrityError(
         f"the manifest is signed by {signer[:16]}…, but the publisher's key here is {pinned[:16]}…",

@@ -10,9 +10,9 @@ The tensors of a version follow from its lineage alone: version 0, then every ro
 the coefficients that its manifest states, without the revoked contributions. So a revocation has, bit for bit, the
 tensors of a history in which those contributions had never been in the sums.
 
-What always holds: a revoked contribution stays out of every later version, unless the history is rolled back to a
-version from before (`require_possible` refuses that where the contribution would come back); leaves stand in the order
-of version and contribution, each contribution with its coefficient other than 0 exactly once.
+What always holds: a contribution that was revoked is in no later version's sum, neither by a rollback
+(`require_possible`) nor by another round, and none is in a sum twice; leaves stand in the order of version and
+contribution, each contribution with its coefficient other than 0 exactly once.
 
 Everything here is computed from manifests; no I/O.
 """
@@ -48,10 +48,7 @@ class Plan:
 
 
 def next_lineage(manifest: Manifest, before: Mapping[int, Lineage]) -> Lineage:
-    """The lineage of a version, given those of the versions before it.
-
-    Raises IntegrityError: it revokes what is not in the sum.
-    """
+    """The lineage of a version, given those of the versions before it."""
     if manifest.version == 0:
         return Lineage()
     if isinstance(manifest.change, Rollback):
@@ -65,11 +62,44 @@ def next_lineage(manifest: Manifest, before: Mapping[int, Lineage]) -> Lineage:
 
 
 def lineages(chain: Sequence[Manifest]) -> dict[int, Lineage]:
-    """Version -> lineage, for the manifests of versions 0, 1, … in order."""
+    """Version -> lineage, for the manifests of versions 0, 1, … in order.
+
+    Raises IntegrityError: a version revokes what is not in the sum, or adds what is in it or was revoked before.
+    """
     found: dict[int, Lineage] = {}
+    homes: dict[str, list[int]] = {}
+    gone: set[str] = set()
     for manifest in chain:
-        found[manifest.version] = next_lineage(manifest, found)
+        lineage = found[manifest.version] = next_lineage(manifest, found)
+        if manifest.version == 0:
+            continue
+        parent = found[manifest.version - 1]
+        if isinstance(manifest.change, Rollback):
+            for one in gone - lineage.revoked:
+                _require(not _holds(lineage, homes, one), manifest, "brings back", one, "was revoked")
+        elif isinstance(manifest.change, Revocation):
+            for one in manifest.change.contributions:
+                _require(_holds(parent, homes, one), manifest, "revokes", one, "is not in the sum before it")
+            gone.update(manifest.change.contributions)
+        elif manifest.change is None:
+            for term in kept_terms(manifest, frozenset()):
+                one = term.contribution
+                _require(one not in gone, manifest, "adds", one, "was revoked")
+                _require(not _holds(parent, homes, one), manifest, "adds", one, "is in the sum before it")
+                homes.setdefault(one, []).append(manifest.version)
     return found
+
+
+def _holds(lineage: Lineage, homes: Mapping[str, Sequence[int]], contribution: str) -> bool:
+    """The contribution is in the sum; `homes` names the rounds that it was in."""
+    return contribution not in lineage.revoked and any(
+        number in lineage.rounds for number in homes.get(contribution, ())
+    )
+
+
+def _require(holds: bool, manifest: Manifest, does: str, contribution: str, which: str) -> None:
+    if not holds:
+        raise IntegrityError(f"version {manifest.version} {does} the contribution {contribution[:16]}…, which {which}")
 
 
 def kept_terms(manifest: Manifest, revoked: frozenset[str]) -> tuple[Term, ...]:
@@ -78,11 +108,12 @@ def kept_terms(manifest: Manifest, revoked: frozenset[str]) -> tuple[Term, ...]:
 
 
 def replay_plan(chain: Sequence[Manifest], version: int) -> Plan:
-    """The shortest way to make a version's tensors again out of a version that is not younger.
+    """The shortest way to make a version's tensors again out of an earlier version.
 
     A version of a round is its parent and one sum; a rollback or a key rotation has the tensors of another version;
-    a revocation begins before the first round that any revoked contribution was in: no version between holds the sums
-    without it.
+    a revocation begins at the version that holds the longest beginning of its rounds and the same parts of them.
+
+    Raises IntegrityError: see `lineages`.
     """
     manifest = chain[version]
     if version == 0:
@@ -94,12 +125,31 @@ def replay_plan(chain: Sequence[Manifest], version: int) -> Plan:
     if manifest.change is None:
         # The parent's tensors lack what was revoked before, and so does the round's own sum.
         return Plan(version - 1, (version,), frozenset())
-    lineage = lineages(chain[: version + 1])[version]
-    for place, number in enumerate(lineage.rounds):
-        if any(term.contribution in lineage.revoked for term in chain[number].terms):
-            start = lineage.rounds[place - 1] if place else 0
-            return Plan(start, lineage.rounds[place:], lineage.revoked)
-    raise IntegrityError(f"version {version} revokes contributions that are in no round before it")
+    return next(way for way in ways(chain, version) if way.start < version)
+
+
+def ways(chain: Sequence[Manifest], version: int) -> list[Plan]:
+    """Every way to make a version's tensors, from each version that holds a beginning of its rounds, and the same parts
+    of them; the shortest first, which is to have them, the last from version 0.
+
+    Raises IntegrityError: see `lineages`.
+    """
+    found = lineages(chain[: version + 1])
+    lineage = found[version]
+    places = {
+        term.contribution: place
+        for place, number in enumerate(lineage.rounds)
+        for term in kept_terms(chain[number], frozenset())
+    }
+    starts: list[tuple[int, int]] = []
+    for earlier in range(version + 1):
+        count = len(found[earlier].rounds)
+        differing = found[earlier].revoked ^ lineage.revoked
+        if lineage.rounds[:count] == found[earlier].rounds and all(
+            places.get(one, count) >= count for one in differing
+        ):
+            starts.append((count, earlier))
+    return [Plan(start, lineage.rounds[count:], lineage.revoked) for count, start in sorted(starts, reverse=True)]
 
 
 # -- the log -----------------------------------------------------------------------------------------------------------
@@ -138,7 +188,7 @@ def without(leaves: Sequence[Leaf], revoked: Sequence[str]) -> tuple[Leaf, ...]:
     if absent := sorted(set(revoked) - present):
         raise InputError(
             f"the contribution {absent[0][:16]}… is not in the sum of this version",
-            remedy="`rankup versions --contributions` lists those that are.",
+            remedy="`rankup admin contributions MODEL` lists those that are.",
         )
     return tuple(leaf for leaf in leaves if leaf.contribution not in set(revoked))
 
@@ -179,11 +229,12 @@ def require_possible(chain: Sequence[Manifest], to: int) -> None:
     latest = chain[-1].version
     if not 0 <= to < latest:
         raise InputError(f"cannot roll back to version {to}: the latest is {latest}", remedy="Name an older version.")
-    found = lineages(chain)
-    returning = found[latest].revoked - found[to].revoked
-    back = [leaf.contribution for leaf in leaves_of(chain, to) if leaf.contribution in returning]
+    revoked = {
+        one for manifest in chain if isinstance(manifest.change, Revocation) for one in manifest.change.contributions
+    }
+    back = [leaf.contribution for leaf in leaves_of(chain, to) if leaf.contribution in revoked]
     if back:
         raise InputError(
             f"version {to} holds the contribution {back[0][:16]}…, which was revoked",
-            remedy="Roll back to a version without it, or roll back first and revoke it there again.",
+            remedy="Roll back to a version without it.",
         )

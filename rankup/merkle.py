@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rankup.errors import InputError
 
@@ -71,6 +72,32 @@ def root_of_proof(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> 
         first //= 2
         last //= 2
     return root if last == 0 else None
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """A tree that grows at its end: the roots of its perfect subtrees, from the largest to the smallest."""
+
+    size: int = 0
+    hashes: tuple[bytes, ...] = ()
+
+    def with_leaf(self, leaf: bytes) -> Peaks:
+        """The tree with one leaf hash more."""
+        hashes = list(self.hashes)
+        rest = self.size
+        while rest % 2:
+            leaf = _node(hashes.pop(), leaf)
+            rest //= 2
+        return Peaks(self.size + 1, (*hashes, leaf))
+
+    def root(self) -> bytes:
+        """Law: `tree_root` of the same leaves."""
+        if not self.hashes:
+            return hashlib.sha256(b"").digest()
+        *others, root = self.hashes
+        for peak in reversed(others):
+            root = _node(peak, root)
+        return root
 
 
 def _node(left: bytes, right: bytes) -> bytes:

@@ -64,6 +64,16 @@ class ObjectInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredObject:
+    """One object of a listing."""
+
+    key: str
+    size_bytes: int
+    modified_at: float
+    """Unix seconds, by the store's clock: when these bytes were written."""
+
+
+@dataclass(frozen=True, slots=True)
 class PresignedPut:
     """Permission to write one object once it has the signed length and sha256."""
 
@@ -91,6 +101,9 @@ class Store(Protocol):
 
     def list(self, prefix: str) -> Iterator[str]:
         """Keys that start with `prefix`, sorted."""
+
+    def scan(self, prefix: str) -> Iterator[StoredObject]:
+        """As `list`, with what is known of each object without reading it."""
 
     def delete(self, key: str) -> None:
         """Remove the object; fine where there is none."""
@@ -341,13 +354,17 @@ class S3Store:
         return ObjectInfo(size_bytes=int(answer["ContentLength"]), etag=str(answer["ETag"]))
 
     def list(self, prefix: str) -> Iterator[str]:
+        for found in self.scan(prefix):
+            yield found.key
+
+    def scan(self, prefix: str) -> Iterator[StoredObject]:
         with self._wrapped(prefix):
             pages = (
                 self._client().get_paginator("list_objects_v2").paginate(Bucket=self._settings.bucket, Prefix=prefix)
             )
             for page in pages:
                 for entry in page.get("Contents", ()):
-                    yield str(entry["Key"])
+                    yield StoredObject(str(entry["Key"]), int(entry["Size"]), entry["LastModified"].timestamp())
 
     def get_file(self, key: str, path: Path, *, progress: Progress | None = None) -> None:
         _write_atomically(path, self._chunks(_checked(key)), progress)
@@ -498,6 +515,7 @@ class MemoryStore:
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._objects: dict[str, tuple[bytes, str]] = {}
+        self._written_at: dict[str, float] = {}
         self._lock = threading.Lock()
         self._clock = clock
 
@@ -515,6 +533,7 @@ class MemoryStore:
             if not allowed(present[1] if present else None):
                 raise ConflictError(f"somebody else wrote memory://{key} first")
             self._objects[key] = (bytes(data), etag)
+            self._written_at[key] = self._clock()
         return etag
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
@@ -540,9 +559,17 @@ class MemoryStore:
         return ObjectInfo(size_bytes=len(data), etag=etag)
 
     def list(self, prefix: str) -> Iterator[str]:
+        for found in self.scan(prefix):
+            yield found.key
+
+    def scan(self, prefix: str) -> Iterator[StoredObject]:
         with self._lock:
-            keys = sorted(key for key in self._objects if key.startswith(prefix))
-        yield from keys
+            found = [
+                StoredObject(key, len(data), self._written_at[key])
+                for key, (data, _) in sorted(self._objects.items())
+                if key.startswith(prefix)
+            ]
+        yield from found
 
     def delete(self, key: str) -> None:
         with self._lock:

@@ -171,19 +171,20 @@ def seal(manifest: Manifest, private_key: Ed25519PrivateKey) -> bytes:
     """The manifest as a signed envelope: the same manifest and key give the same bytes.
 
     Raises:
-        IntegrityError: the manifest is not consistent (rule 5), so no reader would take it.
+        IntegrityError: the manifest is not consistent (rule 5) or another key signs this version: no reader would
+            take it.
         TooLargeError: the envelope would exceed the limit that readers hold.
     """
     require_consistent(manifest)
+    public_key = public_key_hex(private_key)
+    require_chain(manifest.keys, model=manifest.model, version=manifest.version, signer=public_key)
     payload = canonical_json(manifest)
     signature = bytes.fromhex(sign_bytes(private_key, MANIFEST_KIND, payload))
     data = canonical_json(
         Envelope(
             payloadType=payload_type(MANIFEST_KIND),
             payload=base64.b64encode(payload).decode(),
-            signatures=(
-                EnvelopeSignature(keyid=public_key_hex(private_key), sig=base64.b64encode(signature).decode()),
-            ),
+            signatures=(EnvelopeSignature(keyid=public_key, sig=base64.b64encode(signature).decode()),),
         )
     )
     _require_size(data, MAX_ENVELOPE_BYTES, "envelope")

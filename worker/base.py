@@ -1,7 +1,8 @@
 """How the agent gets a base version: a pull from the gateway, seen as one function so that tests can stand in for it.
 
 What always holds: when it returns, every file in the folder has the hash that the manifest signed by `publisher_key`
-names, and the digest returned is that manifest's. Retries are the caller's.
+names, and the digest returned is that manifest's; other versions in the cache stay as they are. Retries are the
+caller's.
 """
 
 from __future__ import annotations
@@ -35,12 +36,17 @@ def pull_base(
     publisher_key: str,
     progress: Callable[[int, int], None],
 ) -> str:
-    """`rankup.pull.pull` from the gateway at `server`; raises what that raises, after two tries a request."""
+    """`rankup.pull.pull` from the gateway at `server`; raises what that raises, after two tries a request.
+
+    Where an older version of the model lies beside `folder`, what did not change is linked from there and the rest
+    patched, so that mostly patches are fetched.
+    """
     from rankup.pull import PullProgress, pull
     from rankup.sources import GatewaySource, Patience
+    from worker.cache import nearest_version
 
     def on_progress(at: PullProgress) -> None:
-        if at.stage == "downloading":
+        if at.stage in ("downloading", "applying"):
             progress(at.done_bytes, at.total_bytes)
 
     with GatewaySource(server) as source:
@@ -50,6 +56,7 @@ def pull_base(
             version,
             folder,
             publisher_key=publisher_key,
+            bases=nearest_version(folder.parent, model, version, without=folder),
             progress=on_progress,
             patience=Patience(attempts=2),
         )

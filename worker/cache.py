@@ -1,7 +1,8 @@
 """Base versions on the volunteer's disk: one folder per manifest digest, the least recently used go first.
 
 What always holds: a folder named by a digest was left there by a pull that checked every hash; `make_room` never
-removes the version that is in use; a version was last used at its folder's modification time. No network here.
+removes the version that is in use; a version was last used at its folder's modification time. Folders may share files
+(hard links): such a file counts once, and is gone with the last folder that has it. No network here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+
+from rankup.errors import StateError
+from rankup.folder import read_folder_state
 
 
 def version_folder(cache: Path, manifest: str) -> Path:
@@ -21,9 +25,27 @@ def mark_used(folder: Path) -> None:
     os.utime(folder)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+def nearest_version(cache: Path, model: str, version: int, *, without: Path) -> list[Path]:
+    """The folder of the newest complete version of a model that is not newer than `version`, where there is one: what a
+    pull of `version` can start from. `without` is the folder of that pull."""
+    found: list[tuple[int, Path]] = []
+    for folder in cache.iterdir() if cache.is_dir() else ():
+        if folder == without or not folder.is_dir():
+            continue
+        try:
+            state = read_folder_state(folder)
+        except StateError:
+            continue
+        if state is not None and state.complete and state.model == model and state.version is not None:
+            found.append((state.version, folder))
+    older = [(number, folder) for number, folder in found if number <= version]
+    return [max(older)[1]] if older else []
+
+
+def _files(folder: Path) -> dict[tuple[int, int], int]:
+    """(device, inode) -> bytes, of every file below the folder."""
+    stats = [path.lstat() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}
 
 
 def make_room(cache: Path, limit_bytes: int, *, keep: Path) -> list[Path]:
@@ -32,15 +54,15 @@ def make_room(cache: Path, limit_bytes: int, *, keep: Path) -> list[Path]:
     Returns the removed folders.
     """
     folders = [path for path in cache.iterdir() if path.is_dir()] if cache.is_dir() else []
-    sizes = {path: folder_bytes(path) for path in folders}
-    total = sum(sizes.values())
+    files = {path: _files(path) for path in folders}
+    kept = sorted(folders, key=lambda path: path.stat().st_mtime)
     removed = []
-    for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
-        if total <= limit_bytes:
+    for folder in list(kept):
+        if sum({inode: size for path in kept for inode, size in files[path].items()}.values()) <= limit_bytes:
             break
         if folder == keep:
             continue
         shutil.rmtree(folder)
-        total -= sizes[folder]
+        kept.remove(folder)
         removed.append(folder)
     return removed

@@ -11,7 +11,23 @@ import sys
 import typer
 
 from rankup import __version__
-from rankup.cli import data, demo, merge, rounds, serve, versions, volunteer
+from rankup.cli import (
+    admin,
+    data,
+    delta,
+    demo,
+    export,
+    merge,
+    mirror,
+    publish,
+    pull,
+    rounds,
+    serve,
+    sign,
+    verify,
+    versions,
+    volunteer,
+)
 
 app = typer.Typer(
     name="rankup",
@@ -46,11 +62,19 @@ def _options(
 serve.register(app)
 demo.register(app)
 versions.register(app)
+pull.register(app)
+verify.register(app)
+mirror.register(app)
+publish.register(app)
 merge.register(app)
+sign.register(export.app)
 app.add_typer(volunteer.app, name="worker")
 app.add_typer(rounds.app, name="round")
 app.add_typer(data.models_app, name="model")
 app.add_typer(data.datasets_app, name="dataset")
+app.add_typer(delta.app, name="delta")
+app.add_typer(export.app, name="export")
+app.add_typer(admin.app, name="admin")
 
 
 def main() -> None:

@@ -17,13 +17,14 @@ from toy_world import NOW
 from aggregator.cohort import DENOMINATOR_LOG2, stored_cohort
 from aggregator.pipeline import Pipeline
 from aggregator.tasks import result_of
+from aggregator.undo import roll_back
 from rankup.delta import DeltaHeader, write_delta
 from rankup.errors import NotFoundError, UnreachableError
 from rankup.fixedpoint import quantise
 from rankup.message import canonical_json
 from rankup.protocol import RoundRequest, SubmitStatement
 from rankup.recipe import Aggregation, OuterStep, Recipe
-from rankup.records import BlobRef, DatasetCard, Manifest, RoundRecord, Submission
+from rankup.records import BlobRef, DatasetCard, Manifest, Receipt, RoundRecord, Submission
 from rankup.settings import CoordinatorSettings, StoreSettings
 from rankup.signing import (
     generate_private_key,
@@ -34,7 +35,7 @@ from rankup.signing import (
     sign,
     worker_id_of,
 )
-from rankup.store import S3Store
+from rankup.store import S3Store, put_blob
 from rankup.targets import select_targets
 from rankup.versions import dataset_key, heldout_key, manifest_digest, pointer_key, round_key, upload_key
 
@@ -109,12 +110,12 @@ def hand_in(store: S3Store, record: RoundRecord, shard: int, folder: Path, *, ra
         for name, t in record.targets.items()
     }
     lease = f"pipeline-lease-{shard}"
-    header = DeltaHeader(model=MODEL, round_id=ROUND, lease_id=lease, base_manifest=record.base_manifest)
+    header = DeltaHeader(model=MODEL, round_id=record.round_id, lease_id=lease, base_manifest=record.base_manifest)
     path = folder / f"{shard}.delta"
     ref = write_delta(path, header, factors)
     private = parse_private_key(generate_private_key())
     statement = SubmitStatement(
-        round_id=ROUND,
+        round_id=record.round_id,
         lease_id=lease,
         fence=1,
         base_manifest=record.base_manifest,
@@ -200,19 +201,38 @@ def test_a_round_is_admitted_folded_measured_published_and_replayed(
         assert pointer.version == 1
 
         # The next round's parent is not measured again: its own round did.
-        follow_up = record.model_copy(update={"base_version": 1, "base_manifest": pointer.manifest})
-        again = await pipeline.evaluate(follow_up, measured)
+        following = measured.model_copy(update={"version": 2, "parent": pointer.manifest})
+        again = await pipeline.evaluate(record, following)
         assert again.parent_heldout_loss == evaluation.heldout_loss
 
-    async def a_missing_blob_arrives_as_our_own_error() -> None:
+        # What comes after its version changes nothing for a round that is driven once more.
+        undone = roll_back(s3_store, private, model=MODEL, to=0, now=NOW)
+        assert await pipeline.fold(record, receipts, NOW) == draft
+        assert await pipeline.publish(measured) == pointer
+
+        # A round of the same base that is still open is added to what the rollback left.
+        open_ = record.model_copy(update={"base_version": 1, "base_manifest": pointer.manifest, "round_id": "late"})
+        late = [receipt_of(hand_in(s3_store, open_, n, tmp_path)) for n in range(2)]
+        added = await pipeline.fold(open_, late, NOW)
+        assert (added.version, added.parent) == (3, manifest_digest(undone))
+        assert {term.base_manifest for term in added.terms} == {pointer.manifest}
+        assert (await pipeline.publish(added)).version == 3
+
+        # A missing blob arrives as our own error.
         unknown = record.model_copy(update={"request": record.request.model_copy(update={"dataset": "absent"})})
         with pytest.raises(NotFoundError):
-            await pipeline.evaluate(unknown, base)
+            await pipeline.evaluate(unknown, draft)
+
+    def receipt_of(submission: Submission) -> Receipt:
+        ref = submission.statement
+        put_blob(s3_store, s3_store.get(upload_key(ref.lease_id, ref.sha256), max_bytes=10**8))
+        return Receipt(submission=submission, accepted=True, reason="accepted", checks=(), norm=1.0, judged_at=NOW)
 
     asyncio.run(a_round())
-    asyncio.run(a_missing_blob_arrives_as_our_own_error())
 
-    report = verify_version(StoreSource(s3_store), MODEL, None, cache=tmp_path, publisher_key=public_key_hex(private))
-    assert report.ok, report.mismatches
-    assert (report.version, report.level) == (1, "replay")
+    for version in (1, 3):
+        source = StoreSource(s3_store)
+        report = verify_version(source, MODEL, version, cache=tmp_path, publisher_key=public_key_hex(private))
+        assert report.ok, report.mismatches
+        assert (report.version, report.level) == (version, "round")
     assert s3_store.head(pointer_key(MODEL)) is not None

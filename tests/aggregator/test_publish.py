@@ -1,62 +1,34 @@
-"""Publishing: the folder's files, a card that cannot be abused, and a pointer that only moves from parent to child."""
+"""Publishing: the folder's files, what its cards are made from, and a pointer that only moves from parent to child."""
 
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import pytest
-import yaml
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
-from toy_world import NOW, World, make_world, random_model, store_model
+from card_world import child, dataset_card
+from toy_world import NOW, World, random_model, store_model
 
+from aggregator.cards import Chapter
+from aggregator.openness import OPENNESS, OPENNESS_JSON
 from aggregator.publish import (
     INDEX,
     README,
     carried_files,
+    load_datasets,
+    load_history,
     load_version,
     loadable_files,
-    model_card,
     publish_manifest,
     version_files,
 )
 from rankup.errors import ConflictError, IntegrityError, UnreachableError
-from rankup.message import DisplayName
+from rankup.lineage import CONTRIBUTIONS_NAME
+from rankup.message import canonical_json
 from rankup.protocol import Pointer
-from rankup.records import Evaluation, FileEntry, Manifest, Term
+from rankup.records import ContributionList, FileEntry, Revocation, Rollback
 from rankup.signing import generate_private_key, parse_private_key, public_key_hex
 from rankup.store import MemoryStore, get_blob
-from rankup.versions import manifest_digest, manifest_key, open_envelope, parse_pointer, pointer_key
-
-
-def child(world: World, parent: Manifest | None = None, *, round_id: str = "round-1", name: str = "Ada") -> Manifest:
-    """A next version; its tensors differ from the parent's in one hash that stands for all."""
-    parent = parent if parent is not None else world.parent
-    changed = parent.tensors["layer.0.up.weight"].model_copy(update={"master": f"{parent.version + 1:064x}"})
-    term = Term(
-        contribution="ab" * 32,
-        size_bytes=10,
-        worker_id="w-1",
-        worker_name=name,
-        shard=2,
-        tokens=1234567,
-        coefficient=65536,
-    )
-    return parent.model_copy(
-        update={
-            "version": parent.version + 1,
-            "parent": manifest_digest(parent),
-            "round_id": round_id,
-            "terms": (term,),
-            "tensors": {**parent.tensors, "layer.0.up.weight": changed},
-            "datasets": ("docs",),
-            "evaluation": Evaluation(heldout_loss=2.5, parent_heldout_loss=2.75, examples=8, tokens=99),
-            "created_at": NOW,
-        }
-    )
+from rankup.versions import dataset_key, manifest_digest, manifest_key, open_envelope, parse_pointer, pointer_key
 
 
 def pointer(world: World) -> Pointer:
@@ -73,7 +45,7 @@ def paths(files: tuple[FileEntry, ...]) -> list[str]:
 def test_config_is_carried_and_card_and_index_are_made_anew(world: World) -> None:
     next_version = child(world)
     files = version_files(world.store, next_version, world.parent.files)
-    assert paths(files) == [README, "config.json", INDEX]
+    assert paths(files) == [OPENNESS, README, "config.json", INDEX, OPENNESS_JSON]
     assert carried_files(files) == carried_files(world.parent.files) != ()
     before, after = ({f.path: f.sha256 for f in m} for m in (world.parent.files, files))
     assert before[README] != after[README]
@@ -95,97 +67,58 @@ def test_the_index_names_the_file_of_every_tensor(world: World) -> None:
 def test_a_single_group_needs_no_index() -> None:
     store = MemoryStore()
     manifest = store_model(store, random_model(), 10**6)
-    assert paths(version_files(store, manifest, manifest.files)) == [README, "config.json"]
+    assert paths(version_files(store, manifest, manifest.files)) == [OPENNESS, README, "config.json", OPENNESS_JSON]
     assert manifest.groups[0].export.path == "model.safetensors"
 
 
-# -- the card ----------------------------------------------------------------------------------------------------------
+def test_the_log_of_contributions_is_written_and_never_carried(world: World) -> None:
+    leaves = ContributionList(model="toy")
+    files = version_files(world.store, child(world), world.parent.files, contributions=leaves)
+    [entry] = [file for file in files if file.path == CONTRIBUTIONS_NAME]
+    assert get_blob(world.store, entry.sha256, max_bytes=10**6) == canonical_json(leaves)
+    assert CONTRIBUTIONS_NAME not in paths(version_files(world.store, child(world), files))
 
 
-def front_matter(card: str) -> dict[str, object]:
-    _, head, _ = re.split(r"^---$", card, maxsplit=2, flags=re.MULTILINE)
-    return yaml.safe_load(head)  # type: ignore[no-any-return]
+def test_the_cards_of_a_folder_are_made_from_history_and_dataset_cards(world: World) -> None:
+    card = dataset_card()
+    manifest = child(world)
+    files = version_files(
+        world.store, manifest, world.parent.files, history=[Chapter.of(world.parent)], datasets=[card]
+    )
+    text = {file.path: get_blob(world.store, file.sha256, max_bytes=10**6).decode() for file in files}
+    assert "So far: 1 contribution by 1 contributor in 1 round." in text[README]
+    assert card.shards[0].sha256 in text[OPENNESS_JSON]
+    assert card.source in text[OPENNESS]
 
 
-def test_the_card_tells_where_a_version_comes_from(world: World) -> None:
-    card = model_card(child(world))
-    assert front_matter(card) == {
-        "base_model": "someone/toy",
-        "datasets": ["docs"],
-        "library_name": "transformers",
-        "license": "apache-2.0",
-        "tags": ["rankup", "lora", "community-trained"],
-    }
-    for part in ("round-1", "| `Ada` | 2 | 1,234,567 | 65536/65536 |", "2.5000", "2.7500", "rankup verify URL toy@1"):
-        assert part in card
-    assert manifest_digest(world.parent) in card
+# -- what cards are made from ------------------------------------------------------------------------------------------
 
 
-def test_the_card_of_the_base_tells_that_it_is_the_base(world: World) -> None:
-    card = model_card(world.parent)
-    assert "before the first round" in card
-    assert "Contributors" not in card
-    assert "Held-out" not in card
+def test_history_is_followed_from_parent_to_parent(world: World) -> None:
+    first = child(world)
+    second = child(world, first, round_id="round-2")
+    for manifest in (first, second):
+        publish_manifest(world.store, world.publisher, manifest)
+    third = child(world, second, round_id="round-3")
+    key = public_key_hex(world.publisher)
+    chapters = load_history(world.store, third, publisher_key=key)
+    assert [(chapter.version, chapter.made_by) for chapter in chapters] == [(0, "base"), (1, "round"), (2, "round")]
+    assert load_history(world.store, world.parent, publisher_key=key) == ()
+    world.store.delete(manifest_key("toy", 0))
+    assert [chapter.version for chapter in load_history(world.store, third, publisher_key=key)] == [1, 2]
+    world.store.put(manifest_key("toy", 1), world.store.get(manifest_key("toy", 2), max_bytes=10**6))
+    with pytest.raises(IntegrityError):
+        load_history(world.store, third, publisher_key=key)
 
 
-def test_a_base_that_is_no_hub_name_and_a_licence_in_prose_stay_out_of_the_hubs_fields(world: World) -> None:
-    manifest = world.parent.model_copy(update={"base_model": "/home/me/model.gguf", "licence": "Ask\n---\nme: first"})
-    fields = front_matter(model_card(manifest))
-    assert "base_model" not in fields
-    assert fields["license"] == "other"
-    assert fields["license_name"] == "Ask\ufffd---\ufffdme: first"
-
-
-HOSTILE_NAMES = {
-    "html": "<script>alert(1)</script>",
-    "link": "[free money](https://evil.example)",
-    "image": "![x](https://evil.example/pixel.png)",
-    "end of the code span": "` <b>bold</b> `",
-    "two backticks": "``x`` **y**",
-    "new table cells": "a | b | c",
-    "escaped pipe": "a\\| b",
-    "backslash at the end": "a\\",
-    "right-to-left override": "abc\u202ecba",
-    "line separator": "a\u2028# heading",
-    "next line": "a\u0085---",
-    "front matter": "--- license: mit",
-}
-
-
-def check_card(card: str, plain: str) -> None:
-    """The card with a hostile name has the same lines as with a plain one, but for one code span."""
-    assert card.isprintable() or {c for c in card if not c.isprintable()} == {"\n"}
-    assert len(card.splitlines()) == len(plain.splitlines())
-    for line, expected in zip(card.splitlines(), plain.splitlines(), strict=True):
-        if line != expected:
-            assert line.count("`") == expected.count("`")
-            assert line.count("|") == expected.count("|")
-            assert re.sub(r"^\| `[^`|]*` \|", "| `Ada` |", line) == expected
-
-
-@pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES.keys())
-def test_a_hostile_name_stays_inside_its_code_span(world: World, name: str) -> None:
-    check_card(model_card(child(world, name=name)), model_card(child(world)))
-
-
-def is_display_name(text: str) -> bool:
-    try:
-        TypeAdapter(DisplayName).validate_python(text)
-    except ValidationError:
-        return False
-    return True
-
-
-def test_no_name_at_all_can_change_the_cards_shape(tmp_path: Path) -> None:
-    world = make_world(tmp_path)
-    plain = model_card(child(world))
-
-    @given(st.text(min_size=1, max_size=64))
-    def law(name: str) -> None:
-        assume(is_display_name(name))
-        check_card(model_card(child(world, name=name)), plain)
-
-    law()
+def test_datasets_without_a_card_are_left_out_and_a_broken_card_is_refused(world: World) -> None:
+    manifest = child(world).model_copy(update={"datasets": ("docs", "gone")})
+    assert load_datasets(world.store, manifest) == ()
+    world.store.put(dataset_key("docs"), canonical_json(dataset_card()))
+    assert load_datasets(world.store, manifest) == (dataset_card(),)
+    world.store.put(dataset_key("gone"), b"{}")
+    with pytest.raises(IntegrityError, match="gone"):
+        load_datasets(world.store, manifest)
 
 
 # -- the manifest and the pointer --------------------------------------------------------------------------------------
@@ -280,3 +213,17 @@ def test_a_version_is_loaded_only_with_the_digest_and_key_that_are_expected(worl
     other = public_key_hex(parse_private_key(generate_private_key()))
     with pytest.raises(IntegrityError):
         load_version(world.store, "toy", 0, digest, publisher_key=other)
+
+
+def test_two_changes_with_the_same_tensors_cannot_become_the_same_version(world: World) -> None:
+    """A rollback to the parent has the parent's tensors, and so has one that takes out what never counted."""
+    first = child(world)
+    publish_manifest(world.store, world.publisher, first)
+    bare = {"round_id": None, "terms": (), "tensors": first.tensors, "change": Rollback(to=1, reason="spam")}
+    rollback = child(world, first).model_copy(update=bare)
+    publish_manifest(world.store, world.publisher, rollback)
+    assert publish_manifest(world.store, world.publisher, rollback).manifest == manifest_digest(rollback)
+    with pytest.raises(ConflictError, match="a rollback"):
+        publish_manifest(
+            world.store, world.publisher, rollback.model_copy(update={"change": Revocation(contributions=("ab" * 32,))})
+        )

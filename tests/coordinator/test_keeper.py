@@ -324,3 +324,39 @@ def test_a_fold_that_fails_is_shown_as_the_reason_and_tried_again_later(
         await ledger.close()
 
     asyncio.run(scenario())
+
+
+def test_a_round_that_another_version_overtakes_is_folded_again_on_that_one(valkey: ValkeyServer) -> None:
+    class Overtaken(ToyAggregator):
+        """Folds on the latest version; before the first publication somebody undoes something."""
+
+        async def fold(self, record: RoundRecord, receipts: Sequence[Receipt], now: float) -> Manifest:
+            manifest = await super().fold(record, receipts, now)
+            parent = latest(self.store)
+            return manifest.model_copy(update={"version": parent.version + 1, "parent": parent.manifest})
+
+        async def publish(self, manifest: Manifest) -> Pointer:
+            if "publish" not in self.calls:
+                publish_manifest(self.store, KEY, version(1, parent=latest(self.store).manifest))
+            return await super().publish(manifest)
+
+    async def scenario() -> None:
+        store = stocked_store()
+        ledger = await connect(valkey)
+        await enrol(ledger, "w-1")
+        request = RoundRequest(model="tiny", dataset="docs", shards=1, deadline_s=3600)
+        record = await open_round(ledger, store, request, index=0, previous=None, now=NOW)
+        aggregator = Overtaken(store)
+        keeper = Keeper(ledger, store, aggregator, clock=lambda: NOW)
+        assert await volunteer(ledger, "w-1")
+        for _ in range(9):
+            await keeper.tick()
+            await keeper.settle()
+        status = await ledger.round(record.round_id)
+        assert (status.facts.state, status.facts.published_version) == (RoundState.PUBLISHED, 2)
+        assert status.facts.failures == 0
+        assert aggregator.calls == ["admit", *["fold", "evaluate", "publish"] * 2]
+        assert latest(store).version == 2
+        await ledger.close()
+
+    asyncio.run(scenario())

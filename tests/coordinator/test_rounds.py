@@ -17,6 +17,7 @@ from coordinator.rounds import (
     Folded,
     Open,
     OpenNext,
+    Overtaken,
     Publish,
     Published,
     ReapLeases,
@@ -68,6 +69,7 @@ EVENTS = {
     "better": Evaluated(BETTER),
     "worse": Evaluated(WORSE),
     "published": Published(5),
+    "overtaken": Overtaken(),
     "failed": Failed("object storage does not answer"),
 }
 # Rows: events; columns: state before; cells: state after, "!" for StateError. Time is 1050, but 1100 in `tick_late`.
@@ -83,6 +85,7 @@ folded_other !         !           !           evaluating  !          !         
 better       !         !           !           !           evaluating !         !        !
 worse        !         !           !           !           rejected   !         !        !
 published    !         !           !           !           !          !         !        !
+overtaken    !         !           !           aggregating aggregating !        !        !
 failed       draft     open        closing     aggregating evaluating !         !        !
 """
 
@@ -187,6 +190,17 @@ def test_a_version_goes_out_and_the_next_round_is_asked_for() -> None:
 def test_the_first_evaluation_stands() -> None:
     facts, _ = rounds.step(in_state(RoundState.EVALUATING), Evaluated(BETTER), 1200.0)
     assert rounds.step(facts, Evaluated(WORSE), 1300.0) == (facts, (Publish(BETTER, DIGEST),))
+
+
+def test_a_version_that_was_overtaken_is_folded_and_measured_again() -> None:
+    facts, _ = rounds.step(in_state(RoundState.EVALUATING), Evaluated(BETTER), 1200.0)
+    facts, commands = rounds.step(facts, Overtaken(), 1210.0)
+    assert (facts.state, facts.folded_manifest, facts.evaluation) == (RoundState.AGGREGATING, None, None)
+    assert commands == (ReapLeases(), Aggregate())
+    facts, commands = rounds.step(facts, Folded("d" * 64), 1220.0)
+    assert commands == (Evaluate("d" * 64),)
+    facts, commands = rounds.step(facts, Evaluated(WITHIN), 1230.0)
+    assert commands == (Publish(WITHIN, "d" * 64),)
 
 
 def test_the_last_round_of_a_campaign_asks_for_nothing_more() -> None:

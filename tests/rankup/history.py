@@ -1,4 +1,4 @@
-"""A small signed model history, made with the real formats: three versions, two rounds.
+"""Small signed model histories, made with the real formats.
 
 Its arithmetic works on whole arrays, apart from the tiles of the fold and the replay.
 """
@@ -18,11 +18,14 @@ from rankup.bfloat16 import to_bfloat16
 from rankup.delta import DeltaHeader, write_delta
 from rankup.exactsum import fold_tensor
 from rankup.fixedpoint import Factors, quantise
+from rankup.keychain import make_key_change
 from rankup.message import canonical_json
 from rankup.outer import outer_step
+from rankup.patch import write_patch
 from rankup.protocol import Pointer
 from rankup.recipe import PLAIN_SUM, Aggregation, OuterStep, Recipe
-from rankup.records import BlobRef, FileEntry, Group, Manifest, TensorEntry, Term
+from rankup.records import BlobRef, FileEntry, Group, KeyRotation, Manifest, Patch, Rollback, TensorEntry, Term
+from rankup.refold import MOMENTUM_METADATA
 from rankup.signing import Ed25519PrivateKey, generate_private_key, parse_private_key, public_key_hex
 from rankup.store import MemoryStore, put_blob
 from rankup.targets import Role
@@ -38,6 +41,7 @@ DENOMINATOR_LOG2 = 16
 EXPERTS, BIAS = "layers.1.experts", "layers.1.bias"
 VARIED_SHAPES: Mapping[str, tuple[int, ...]] = {**SHAPES, EXPERTS: (3, 12, 8), BIAS: (10,)}
 ROLES: Mapping[str, Role] = {**dict.fromkeys(SHAPES, "linear"), EXPERTS: "experts", BIAS: "vector"}
+METADATA = {"master": {"format": "rankup.master/1"}, "model": {"format": "pt"}, "momentum": MOMENTUM_METADATA}
 NESTEROV = OuterStep(learning_rate=0.75, momentum=0.875)
 
 
@@ -49,6 +53,8 @@ class History:
     key: Ed25519PrivateKey
     manifests: list[Manifest] = field(default_factory=list)
     deltas: dict[str, bytes] = field(default_factory=dict)
+    patches: bool = False
+    """Versions have patches."""
 
     @property
     def publisher_key(self) -> str:
@@ -68,15 +74,55 @@ class History:
         """The stored bytes."""
         return self.store.get(f"blobs/sha256/{ref.sha256[:2]}/{ref.sha256}", max_bytes=2**30)
 
+    def roll_back(self, to: int) -> Manifest:
+        """Publish a version with the files of an earlier one."""
+        return self._change(self.manifests[to], change=Rollback(to=to))
+
+    def rotate(self, key: Ed25519PrivateKey) -> Manifest:
+        """Publish a version that `key` signs, with its parent's files."""
+        parent = self.manifests[-1]
+        change = make_key_change(self.key, public_key_hex(key), model=MODEL, from_version=parent.version + 1)
+        self.key = key
+        return self._change(parent, change=KeyRotation(), keys=(*parent.keys, change))
+
+    def _change(self, like: Manifest, **fields: object) -> Manifest:
+        parent = self.manifests[-1]
+        none = {"round_id": None, "terms": (), "evaluation": None, "keys": parent.keys}
+        numbers = {"version": parent.version + 1, "parent": manifest_digest(parent)}
+        groups = tuple(self.patched(group, before) for group, before in zip(like.groups, parent.groups, strict=True))
+        manifest = like.model_copy(update={**none, **numbers, "groups": groups, **fields})
+        self.manifests.append(manifest)
+        self.publish(manifest)
+        self.point(manifest.version)
+        return manifest
+
+    def patched(self, group: Group, before: Group) -> Group:
+        """The group with a patch from the parent's export file, where there is anything to patch."""
+        if not self.patches or group.export.sha256 == before.export.sha256:
+            return group.model_copy(update={"patch": None})
+        with TemporaryDirectory() as folder:
+            base, child, out = (Path(folder) / name for name in ("base", "child", "patch"))
+            base.write_bytes(self.blob(before.export))
+            child.write_bytes(self.blob(group.export))
+            ref = write_patch(base, child, out)
+            put_blob(self.store, out.read_bytes())
+        if ref.size_bytes >= group.export.size_bytes:
+            return group.model_copy(update={"patch": None})
+        return group.model_copy(update={"patch": Patch(base=before.export.sha256, **ref.model_dump())})
+
     def replace_blob(self, ref: BlobRef, data: bytes) -> None:
         """Put other bytes under a digest, as a broken or hostile store would."""
         self.store.put(f"blobs/sha256/{ref.sha256[:2]}/{ref.sha256}", data)
 
 
-def make_history(*, versions: int = 3, contributions: int = 3, filler_bytes: int = 0, seed: int = 1) -> History:
-    """Versions 0 to `versions - 1`, the last one `latest`. `filler_bytes` sizes a tensor that never changes."""
+def make_history(
+    *, versions: int = 3, contributions: int = 3, filler_bytes: int = 0, seed: int = 1, patches: bool = False
+) -> History:
+    """Versions 0 to `versions - 1`, the last one `latest`. `filler_bytes` sizes a tensor that never changes; with
+    `patches` every version but the first has patches of its files."""
     recipe = Recipe(rank=RANK, aggregation=Aggregation(outer=PLAIN_SUM))
-    return _make(SHAPES, [recipe] * (versions - 1), contributions, filler_bytes, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    return _make(SHAPES, [recipe] * (versions - 1), contributions, filler_bytes, rng, patches=patches)
 
 
 def make_varied_history() -> History:
@@ -100,8 +146,10 @@ def _make(
     contributions: int,
     filler_bytes: int,
     rng: np.random.Generator,
+    *,
+    patches: bool = False,
 ) -> History:
-    history = History(MemoryStore(), parse_private_key(generate_private_key()))
+    history = History(MemoryStore(), parse_private_key(generate_private_key()), patches=patches)
     masters: dict[str, np.ndarray] = {
         name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
     }
@@ -223,11 +271,12 @@ def _publish(
             )
         suffix = f"{number:05d}-of-{len(GROUPS):05d}.safetensors"
         stored = {
-            kind: _store_tensors(history, f"{kind}-{suffix}", tensors) for kind, tensors in files.items() if tensors
+            kind: _store_tensors(history, f"{kind}-{suffix}", tensors, METADATA[kind])
+            for kind, tensors in files.items()
+            if tensors
         }
-        groups.append(
-            Group(tensors=names, master=stored["master"], export=stored["model"], momentum=stored.get("momentum"))
-        )
+        group = Group(tensors=names, master=stored["master"], export=stored["model"], momentum=stored.get("momentum"))
+        groups.append(history.patched(group, history.manifests[-1].groups[number - 1]) if version else group)
     others = {"config.json": b'{"model_type":"toy"}', "README.md": b"# toy, version %d\n" % version}
     if version == 0:
         others["old-tokenizer.json"] = b"{}"
@@ -252,7 +301,12 @@ def _publish(
     history.publish(manifest)
 
 
-def _store_tensors(history: History, path: str, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> FileEntry:
+def _store_tensors(
+    history: History,
+    path: str,
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]],
+    metadata: Mapping[str, str],
+) -> FileEntry:
     buffer = BytesIO()
-    write_tensor_file(buffer, tensors, {"format": "pt"})
+    write_tensor_file(buffer, tensors, metadata)
     return FileEntry(path=path, **put_blob(history.store, buffer.getvalue()).model_dump())

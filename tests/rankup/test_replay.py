@@ -57,7 +57,7 @@ def republish(history: History, version: int, change: Callable[[Manifest], Manif
 def test_an_honest_version_is_its_replay(history: History, tmp_path: Path, version: int | None) -> None:
     report = replay(history, version, tmp_path)
     assert report.ok
-    assert (report.level, report.version, report.publisher_key) == ("replay", version or 2, history.publisher_key)
+    assert (report.level, report.version, report.publisher_key) == ("round", version or 2, history.publisher_key)
     assert (report.tensors, report.changed, report.contributions) == (len(SHAPES) + 2, len(SHAPES), 3)
     manifest, parent = history.manifests[version or 2], history.manifests[(version or 2) - 1]
     assert report.bytes == sum(term.size_bytes for term in manifest.terms) + sum(
@@ -205,7 +205,7 @@ def test_momentum_experts_vectors_and_partial_deltas_are_replayed(
     assert stateful == {0: set(), 1: set(VARIED_SHAPES), 2: set(VARIED_SHAPES), 3: set()}
     for version in (1, 2, 3):
         report = replay(varied, version, tmp_path)
-        assert (report.ok, report.level, report.contributions) == (True, "replay", 3)
+        assert (report.ok, report.level, report.contributions) == (True, "round", 3)
         assert report.changed == len(VARIED_SHAPES)
     assert not any(
         (tmp_path / term.contribution).exists() for term in varied.manifests[2].terms if not term.coefficient

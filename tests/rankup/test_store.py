@@ -117,6 +117,19 @@ def test_listing_gives_the_keys_under_a_prefix_sorted(store: Store) -> None:
     assert list(store.list(prefix + "nothing")) == []
 
 
+def test_a_scan_tells_size_and_time_of_what_a_listing_names(store: Store) -> None:
+    prefix = f"test/{uuid4().hex}/"
+    for name in ("b", "a"):
+        store.put(prefix + name, name.encode() * 3)
+    started = time.time()
+    store.put(prefix + "c", b"new")
+    found = {each.key: each for each in store.scan(prefix)}
+    assert list(found) == list(store.list(prefix)) == [prefix + name for name in ("a", "b", "c")]
+    assert {each.size_bytes for each in found.values()} == {3}
+    # S3 tells whole seconds, by its own clock.
+    assert abs(found[prefix + "c"].modified_at - started) < 5
+
+
 @pytest.mark.parametrize("bad", ["", "/a", "a/", "a//b", "a/../b", "..", ".", "a\nb", "a\0b", "k" * 1025])
 def test_keys_that_could_leave_the_bucket_are_refused(store: Store, bad: str) -> None:
     for call in (lambda: store.put(bad, b""), lambda: store.get(bad, max_bytes=1), lambda: store.presign_get(bad)):
