@@ -176,26 +176,37 @@ def verify_files(
 def open_folder(folder: Path, *, publisher_key: str | None) -> tuple[FolderState, Manifest, str, str]:
     """What a pulled folder remembers, and its manifest with its identity and the key (hex) that signed it.
 
-    The signature must be by `publisher_key`, or by the key that the folder has pinned.
+    The signature must be by `publisher_key`, or by the key that the folder has pinned. A folder that was not pulled but
+    came with its sealed manifest, as from a hub, has pinned none: the key must be named.
 
     Raises:
         NotFoundError: no pull has finished in this folder.
         IntegrityError: the manifest is not signed by that key or not the one that was pulled.
     """
     state = read_folder_state(folder)
+    if state is None and publisher_key is not None:
+        manifest, digest, key = open_envelope(_envelope_in(folder), publisher_key=publisher_key)
+        state = FolderState(model=manifest.model, publisher_key=key, keys=manifest.keys, manifest=digest)
+        return state, manifest, digest, key
     if state is None or not state.complete:
-        raise NotFoundError(f"no complete version lies in {folder}", remedy="Run `rankup pull` into it first.")
-    try:
-        with (folder / ENVELOPE_NAME).open("rb") as sealed:
-            envelope = sealed.read(MAX_ENVELOPE_BYTES + 1)
-    except FileNotFoundError as exc:
-        raise NotFoundError(f"{folder} lacks {ENVELOPE_NAME}", remedy="Pull the version again.") from exc
+        remedy = "Run `rankup pull` into it first."
+        if state is None and (folder / ENVELOPE_NAME).is_file():
+            remedy = "It was not pulled, so it has pinned no key: name the publisher's with --key."
+        raise NotFoundError(f"no complete version lies in {folder}", remedy=remedy)
     manifest, digest, key = open_envelope(
-        envelope, publisher_key=publisher_key or state.publisher_key, known_changes=state.keys
+        _envelope_in(folder), publisher_key=publisher_key or state.publisher_key, known_changes=state.keys
     )
     if digest != state.manifest:
         raise IntegrityError(f"the manifest in {folder} is {digest[:16]}…, but {str(state.manifest)[:16]}… was pulled")
     return state, manifest, digest, key
+
+
+def _envelope_in(folder: Path) -> bytes:
+    try:
+        with (folder / ENVELOPE_NAME).open("rb") as sealed:
+            return sealed.read(MAX_ENVELOPE_BYTES + 1)
+    except FileNotFoundError as exc:
+        raise NotFoundError(f"{folder} lacks {ENVELOPE_NAME}", remedy="Pull the version again.") from exc
 
 
 def check_group(tally: Tally, manifest: Manifest, group: Group, side: Want, path: Path) -> None:

@@ -56,20 +56,21 @@ def verify(
     **Examples**
 
     - `rankup verify ./model` hashes every file of a pulled folder, without a network
+    - `rankup verify ./from-a-hub --key HEX` does so for one that came from a hub
     - `rankup verify https://rankup.example.org smollm2@3` makes version 3 again from version 2 and its contributions
     - `rankup verify https://rankup.example.org smollm2 --level all` makes every version again
     - `rankup verify ./model --contribution my.delta --write-proof my.proof`
     - `rankup verify .rankup.manifest.json --contribution my.delta --proof my.proof`
     """
     from rankup.errors import InputError
-    from rankup.folder import STATE_NAME
+    from rankup.folder import ENVELOPE_NAME, STATE_NAME
 
     if contribution is not None:
         _prove(target, contribution, proof, write_proof, key, as_json=as_json)
         return
     if proof is not None or write_proof is not None:
         raise InputError("a proof is of a contribution", remedy="Name it with --contribution FILE.")
-    pulled = (Path(target) / STATE_NAME).is_file()
+    pulled = any((Path(target) / name).is_file() for name in (STATE_NAME, ENVELOPE_NAME))
     wanted = next((one for one in _LEVELS if one == (level or ("files" if pulled else "round"))), None)
     if wanted is None:
         raise InputError(f"{level!r} is no level", remedy=f"Choose one of: {', '.join(_LEVELS)}.")

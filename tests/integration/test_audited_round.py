@@ -75,6 +75,6 @@ def test_an_audit_refuses_what_training_again_does_not_give_and_the_round_is_rep
         moved = {name for name, entry in manifest.tensors.items() if entry.momentum is not None}
         assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"} <= moved
         report = json.loads(server.rankup("verify", server.url, "tiny", "--json").stdout)
-        assert (report["ok"], report["level"]) == (True, "replay")
+        assert (report["ok"], report["level"]) == (True, "round")
     finally:
         server.stop()

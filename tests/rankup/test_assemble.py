@@ -293,6 +293,7 @@ print(seen)
 """
 
 
+@pytest.mark.slow
 def test_a_pull_killed_while_it_patches_is_finished_by_the_next(served: Served, tmp_path: Path) -> None:
     old, new = served.history.manifests[3], served.history.manifests[5]
     allowed = {file.path: {file.sha256} for file in old.export_files()}
@@ -501,6 +502,15 @@ def test_a_manifest_that_rounds_do_not_lead_to_is_believed_for_its_files(history
     pulled = from_store(history, tmp_path, want="master")
     assert (len(pulled.warnings), pulled.plan.chain[0].version) == (1, 4)
     require_exactly(tmp_path, history, state_files(history.manifests[5]))
+
+
+def test_a_master_and_a_momentum_of_one_name_are_refused(varied: History) -> None:
+    manifest = varied.manifests[1]
+    one, two = manifest.groups
+    assert one.momentum is not None
+    named = one.model_copy(update={"momentum": one.momentum.model_copy(update={"path": two.master.path.upper()})})
+    with pytest.raises(IntegrityError, match="same name"):
+        folder.wanted_files(manifest.model_copy(update={"groups": (named, two)}), "master")
 
 
 def test_a_master_that_its_user_edited_is_fetched_whole(history: History, tmp_path: Path) -> None:

@@ -90,6 +90,18 @@ def test_a_pulled_folder_is_verified_without_a_network(folder: Path) -> None:
     assert (code, json.loads(out)["mismatches"]) == (65, ["README.md"])
 
 
+def test_a_folder_that_came_with_its_manifest_but_was_not_pulled_needs_the_key(folder: Path) -> None:
+    (folder / ".rankup.json").unlink()
+    code, _, err = run(folder)
+    assert code != 0
+    assert "--key" in err
+    code, out, _ = run(folder, "--key", KEY)
+    assert code == 0
+    assert "every file of version 12 is here" in out
+    (folder / "README.md").write_text("# a better model")
+    assert run(folder, "--key", KEY)[0] == 65
+
+
 WRONG: list[tuple[str, tuple[object, ...], int, str]] = [
     ("a level that is none", ("DIR", "--level", "some"), 2, "no level"),
     ("a folder has no chain", ("DIR", "--level", "chain"), 2, "pulled folder"),
