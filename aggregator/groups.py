@@ -32,6 +32,7 @@ from rankup.errors import DiskFullError, InputError, IntegrityError
 from rankup.foldrows import Tile, TileHashes
 from rankup.patchfile import PatchWriter
 from rankup.records import BlobRef, FileEntry, Group, Patch, TensorEntry
+from rankup.refold import MOMENTUM_METADATA
 from rankup.store import Store, blob_key, put_blob_file
 from rankup.targets import Role
 from rankup.tensorfile import TensorFile, TensorFileWriter
@@ -39,7 +40,6 @@ from rankup.tensorfile import TensorFile, TensorFileWriter
 MASTER_METADATA = {"format": "rankup.master/1"}
 EXPORT_METADATA = {"format": "pt"}
 """What transformers asks of a file before it loads it."""
-MOMENTUM_METADATA = {"format": "rankup.momentum/1"}
 
 ADD_TILE_BYTES = 16 * 1024**2
 """A tensor that is at hand is rounded and written in pieces of this size."""
