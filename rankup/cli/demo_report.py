@@ -77,6 +77,25 @@ class RankOfUpdate:
     deltas: int
 
 
+@dataclass(frozen=True)
+class Update:
+    """What the latest version cost somebody who had version 0."""
+
+    fetched_bytes: int
+    full_bytes: int
+    """What the whole files would have cost."""
+
+
+@dataclass(frozen=True)
+class Undone:
+    """A contribution that was taken back: whose, from the round of which version, in which version, what is left."""
+
+    name: str
+    of_version: int
+    version: int
+    contributions: int
+
+
 @dataclass
 class DemoResult:
     """Everything that the demo shows."""
@@ -84,6 +103,8 @@ class DemoResult:
     versions: list[VersionView]
     verify: Report
     rank: RankOfUpdate
+    update: Update
+    undone: Undone
     question: str
     answers: dict[int, str]
     rounds: list[RoundView] = field(default_factory=list)
@@ -151,6 +172,8 @@ def report_json(result: DemoResult) -> dict[str, Any]:
         "versions": result.versions,
         "verify": {"ok": result.verify.ok} | asdict(result.verify),
         "rank": asdict(result.rank),
+        "update": asdict(result.update),
+        "undone": asdict(result.undone),
         "answers": [{"version": v, "question": result.question, "answer": a} for v, a in result.answers.items()],
         "rounds": result.rounds,
         "volunteers": [asdict(stats) for stats in result.volunteers],
@@ -198,6 +221,16 @@ def print_report(result: DemoResult) -> None:
     console.print(
         f"Verify    replay of version {verify.version} is {words}: {verify.tensors} tensors compared, "
         f"{verify.changed} changed, {verify.contributions} contributions, {verify.seconds:.1f} s"
+    )
+    update, undone = result.update, result.undone
+    console.print(
+        f"Update    from version 0 to {verify.version}: {human_bytes(update.fetched_bytes)} fetched, "
+        f"{human_bytes(update.full_bytes)} without patches"
+    )
+    console.print(
+        f"Undo      version {undone.version} is without {undone.name}'s contribution to version {undone.of_version}, "
+        f"bit-identical to a replay of the {undone.contributions} others",
+        markup=False,
     )
     console.print("Time      " + ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items()))
     console.print(f"\n[bold]{result.question}[/bold]", highlight=False)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
-from rankup.cli.demo_report import DemoResult, VolunteerStats, rank_of_update
+from rankup.cli.demo_report import DemoResult, Undone, Update, VolunteerStats, rank_of_update
 from rankup.cli.http import call
 from rankup.cli.stack import ServerAccess, Stack
 from rankup.errors import SetupError
@@ -269,9 +269,9 @@ def _examine(access: ServerAccess, home: Path, stage: Stage, question: str) -> D
     from rankup.store import open_store
 
     source = GatewaySource(access.url)
-    with stage("pull", "Pulling version 0 and the latest"):
+    with stage("pull", "Pulling version 0, and the latest as patches of it"):
         oldest = pull(source, MODEL, 0, home / "version-0")
-        latest = pull(source, MODEL, None, home / "latest")
+        latest = pull(source, MODEL, None, home / "latest", bases=[home / "version-0"])
     with stage("verify", "Replaying the latest version from its parent and its contributions"):
         report = verify_version(source, MODEL, latest.manifest.version, cache=home / "verify", publisher_key=None)
     with stage("rank", "Measuring the rank of the accumulated update"):
@@ -282,10 +282,35 @@ def _examine(access: ServerAccess, home: Path, stage: Stage, question: str) -> D
             for v, f in ((0, "version-0"), (latest.manifest.version, "latest"))
         }
     rows = call("GET", access.url, f"/v1/models/{MODEL}/versions")["versions"]
+    with stage("undo", "Taking one contribution of the first round back"):
+        undone = _undo(access, home / "verify")
     return DemoResult(
         versions=sorted((VersionView.model_validate(row) for row in rows), key=lambda view: view.version),
         verify=report,
         rank=rank,
+        update=Update(fetched_bytes=latest.fetched_bytes, full_bytes=latest.plan.full_bytes),
+        undone=undone,
         question=question,
         answers=answers,
     )
+
+
+def _undo(access: ServerAccess, cache: Path) -> Undone:
+    """Publish the latest version without the first contribution of the first round; it is replayed before that."""
+    from aggregator.rehearsal import rehearsal
+    from aggregator.revoke import contributions_of, revoke
+    from rankup.signing import load_private_key, public_key_hex
+    from rankup.store import open_store
+
+    store, key = open_store(access.store), load_private_key(access.publisher_key_file)
+    first = contributions_of(store, MODEL, publisher_key=public_key_hex(key))[0]
+    made = revoke(
+        store,
+        key,
+        model=MODEL,
+        contributions=[first.term.contribution],
+        reason="shown by the demo",
+        now=time.time(),
+        check=rehearsal(store, key, cache),
+    )
+    return Undone(first.term.worker_name, first.version, made.version, made.log.size)

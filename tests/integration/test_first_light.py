@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 from running_server import Server, start_server
 
+from aggregator.fold import fold_group
+from rankup.records import Manifest, TensorEntry
+from rankup.settings import StoreSettings
+from rankup.store import open_store
+from rankup.versions import MAX_ENVELOPE_BYTES, manifest_key, open_envelope
+
 pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -55,6 +61,46 @@ def test_two_volunteers_make_a_version_that_can_be_pulled_verified_and_loaded(
     tokens = AutoTokenizer.from_pretrained(tmp_path / "model")("What does", return_tensors="pt")
     assert model.generate(**tokens, max_new_tokens=4).shape[1] > tokens["input_ids"].shape[1]
     assert server.rankup("ask", str(tmp_path / "model"), "What?", "--max-new-tokens", "4").returncode == 0
+
+    undone, kept = server.json("admin", "contributions", campaign_data)[-2:]
+    server.json("admin", "revoke", campaign_data, undone["contribution"], "--reason", "a test", "--yes")
+    updated = server.json("pull", server.url, campaign_data, "--to", str(tmp_path / "model"))
+    assert updated["version"] == pulled["version"] + 1
+    assert server.json("verify", str(tmp_path / "model"))["ok"]
+    assert server.json("verify", server.url, campaign_data, "--level", "all")["ok"]
+    assert tensors_of(server, campaign_data, updated["version"]) == summed_by_hand(server, campaign_data, kept)
+
+
+def tensors_of(server: Server, model: str, version: int) -> dict[str, TensorEntry]:
+    return dict(manifest_of(server, model, version).tensors)
+
+
+def manifest_of(server: Server, model: str, version: int) -> Manifest:
+    store = open_store(StoreSettings.from_wire(server.access["store"]))
+    data = store.get(manifest_key(model, version), max_bytes=MAX_ENVELOPE_BYTES)
+    return open_envelope(data, publisher_key=None)[0]
+
+
+def summed_by_hand(server: Server, model: str, term: dict[str, Any]) -> dict[str, TensorEntry]:
+    """The tensors of a history in which the round of `term` had no other contribution, its coefficient as it was."""
+    store = open_store(StoreSettings.from_wire(server.access["store"]))
+    of_round = manifest_of(server, model, term["version"])
+    parent = manifest_of(server, model, term["version"] - 1)
+    assert of_round.recipe is not None
+    [alone] = [one for one in of_round.terms if one.contribution == term["contribution"]]
+    folded = [
+        fold_group(
+            store,
+            parent,
+            number,
+            [alone],
+            of_round.denominator_log2,
+            outer=of_round.recipe.aggregation.outer,
+            patch=False,
+        )
+        for number in range(1, len(parent.groups) + 1)
+    ]
+    return {name: entry for part in folded for name, entry in part.tensors.items()}
 
 
 def test_a_server_that_is_stopped_in_the_middle_of_a_round_goes_on_with_it_when_started_again(tmp_path: Path) -> None:
