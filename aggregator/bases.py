@@ -212,6 +212,24 @@ def _convert_gguf(gguf: Path, to: Path) -> None:
         raise InputError(f"{gguf.name} cannot be read as a language model: {exc}") from exc
     _without_quantisation(loaded).save_pretrained(to)
     tokenizer.save_pretrained(to)
+    _split_digits_again(gguf, to / "tokenizer.json")
+
+
+def _split_digits_again(gguf: Path, tokenizer: Path) -> None:
+    """Put back what transformers leaves out when it reads SmolLM's tokenizer from GGUF: every digit is cut off first.
+
+    Without it two spaces before a digit become other tokens than those that the model was trained on.
+    """
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    content = json.loads(tokenizer.read_bytes())
+    found = content["pre_tokenizer"]
+    if field is None or field.contents() != "smollm" or found is None or found["type"] != "ByteLevel":
+        return
+    digits = {"type": "Digits", "individual_digits": True}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, found]}
+    tokenizer.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _without_quantisation(model: Any) -> Any:

@@ -41,16 +41,15 @@ def list_versions(
         return
     print_table(
         "",
-        ("model", "#version", "latest", "#contributions", "#held-out loss", "#size", "made by", "manifest"),
+        ("model", "#version", "made by", "#contributions", "#held-out loss", "#size", "manifest"),
         [
             (
                 v.model,
-                v.version,
-                "yes" if v.latest else "",
+                f"latest {v.version}" if v.latest else v.version,
+                v.change.partition(" of ")[0] if v.change else "round" if v.round_id else "import",
                 v.contributions,
                 human_loss(v.heldout_loss),
                 human_bytes(v.size_bytes),
-                v.change or v.round_id or "import",
                 v.manifest[:16],
             )
             for v in views
