@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rankup.errors import DiskFullError, IntegrityError
+from rankup.errors import DiskFullError
+from rankup.folder import sha256_of
 from rankup.records import BlobRef, Manifest
-from rankup.store import Store, blob_key
+from rankup.store import Store, get_blob_file
 
 
 def checkout(store: Store, manifest: Manifest, cache: Path, folder: Path) -> None:
@@ -46,22 +46,15 @@ def _link(store: Store, ref: BlobRef, cache: Path, target: Path) -> None:
     kept = cache / ref.sha256
     with contextlib.suppress(FileNotFoundError):
         os.link(kept, target)
-        if _digest(target) == ref.sha256:
+        if sha256_of(target) == ref.sha256:
             return
         target.unlink()
     # The folder gets its link before the cache does, so a cache that is pruned meanwhile takes nothing away.
     with tempfile.TemporaryDirectory(dir=cache.parent, prefix="fetch-") as scratch:
         fetched = Path(scratch) / "blob"
-        store.get_file(blob_key(ref.sha256), fetched)
-        if _digest(fetched) != ref.sha256:
-            raise IntegrityError(f"blob {ref.sha256[:12]}… has other bytes than its name says")
+        get_blob_file(store, ref.sha256, fetched)
         os.link(fetched, target)
         fetched.replace(kept)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

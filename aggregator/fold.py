@@ -35,7 +35,7 @@ from rankup.message import Digest, Message, canonical_json
 from rankup.products import KERNELS, Kernel
 from rankup.recipe import PLAIN_SUM, OuterStep
 from rankup.records import FoldedGroup, Group, Manifest, TensorEntry, Term
-from rankup.store import Store, blob_key
+from rankup.store import Store, has_blob
 
 PARALLEL_READS: Final = 8
 """Range reads at once in one task: a fold of many contributions waits for object storage more than it computes."""
@@ -301,12 +301,7 @@ def _finished(store: Store, key: str, group: Group) -> FoldedGroup | None:
     if record is None or record.group.tensors != group.tensors or record.tensors.keys() != set(group.tensors):
         return None
     files = (record.group.master, record.group.export, record.group.momentum, record.group.patch)
-    for file in files:
-        if file is not None:
-            present = store.head(blob_key(file.sha256))
-            if present is None or present.size_bytes != file.size_bytes:
-                return None
-    return record
+    return record if all(file is None or has_blob(store, file) for file in files) else None
 
 
 def _read_record(store: Store, key: str) -> FoldedGroup | None:

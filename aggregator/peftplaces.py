@@ -23,12 +23,13 @@ from typing import Final, Literal
 
 from aggregator.basemodel import HEADS, BaseModel
 from aggregator.layouts import CONV1D_LEAVES, CONV1D_MODELS
+from rankup.checkfiles import sealed_manifest
 from rankup.deltaheader import Layout
 from rankup.errors import InputError, NotFoundError
 from rankup.folder import ENVELOPE_NAME
 from rankup.records import Manifest
 from rankup.targets import Role
-from rankup.versions import MAX_ENVELOPE_BYTES, open_envelope
+from rankup.versions import open_envelope
 
 Kind = Literal["linear", "conv1d", "embedding"]
 PREFIX: Final = "base_model.model."
@@ -101,10 +102,8 @@ def read_base(base: str | None) -> Base:
         return Base(name=base)
     with BaseModel(folder) as model:
         conv1d, says_tied = model.has_type(CONV1D_MODELS), model.says_tied
-    sealed = folder / ENVELOPE_NAME
-    if sealed.is_file():
-        with sealed.open("rb") as file:
-            manifest, digest, _ = open_envelope(file.read(MAX_ENVELOPE_BYTES + 1), publisher_key=None)
+    if (folder / ENVELOPE_NAME).is_file():
+        manifest, digest, _ = open_envelope(sealed_manifest(folder), publisher_key=None)
         return _of_version(base, manifest, digest, conv1d=conv1d, says_tied=says_tied)
     from aggregator.skeleton import Skeleton
 

@@ -15,19 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 import rankup
 from aggregator.publish import load_datasets, load_history, load_version, version_files
+from rankup.chain import slim
 from rankup.errors import BusyError, ConflictError, InputError, IntegrityError, NotFoundError
 from rankup.keychain import require_chain
-from rankup.lineage import (
-    CONTRIBUTIONS_NAME,
-    contribution_file,
-    leaves_of,
-    log_of,
-)
+from rankup.lineage import CONTRIBUTIONS_NAME, contribution_file, leaves_of, log_of
 from rankup.message import canonical_json
+from rankup.proofs import MAX_LIST_BYTES, parse_contributions
 from rankup.protocol import Pointer
 from rankup.records import ContributionList, FileEntry, KeyChange, Leaf, Log, Manifest, RoundRecord, Term
 from rankup.store import Store, get_blob, put_blob
@@ -40,8 +35,6 @@ from rankup.versions import (
     pointer_key,
 )
 
-MAX_CONTRIBUTIONS_BYTES = 256 * 1024**2
-"""Some 1.5 million contributions."""
 SOFTWARE = f"rankup {rankup.__version__}"
 ATTEMPTS = 8
 
@@ -95,13 +88,12 @@ def _following(store: Store, pointer: Pointer, publisher_key: str) -> Pointer | 
 def outline(
     store: Store, newest: Manifest, *, publisher_key: str, known_changes: Sequence[KeyChange] = ()
 ) -> list[Manifest]:
-    """Versions 0 … `newest` as `rankup.lineage` takes them, without tables of tensors and files: a long chain of a
-    large model would not fit into memory. `known_changes` as in `load_version`, where `newest` is not the latest."""
-    chain, known = [_slim(newest)], known_changes or newest.keys
+    """Versions 0 … `newest`, made `slim`. `known_changes` as in `load_version`, where `newest` is not the latest."""
+    chain, known = [slim(newest)], known_changes or newest.keys
     while (digest := chain[-1].parent) is not None:
         version = chain[-1].version - 1
         chain.append(
-            _slim(load_version(store, newest.model, version, digest, publisher_key=publisher_key, known_changes=known))
+            slim(load_version(store, newest.model, version, digest, publisher_key=publisher_key, known_changes=known))
         )
     return chain[::-1]
 
@@ -113,10 +105,6 @@ def version_behind(
     newest = latest.manifest
     digest = latest.digest if version == newest.version else chain[version + 1].parent or ""
     return load_version(store, newest.model, version, digest, publisher_key=publisher_key, known_changes=newest.keys)
-
-
-def _slim(manifest: Manifest) -> Manifest:
-    return manifest.model_copy(update={"tensors": {}, "groups": (), "files": ()})
 
 
 def published_already(store: Store, manifest: Manifest, *, publisher_key: str) -> Pointer | None:
@@ -199,15 +187,8 @@ def leaves_in(
     """The leaves of a version's log. Raises IntegrityError where they are not those that its manifest names."""
     file = next((file for file in manifest.files if file.path == CONTRIBUTIONS_NAME), None)
     if file is not None:
-        data = get_blob(store, file.sha256, max_bytes=min(file.size_bytes, MAX_CONTRIBUTIONS_BYTES))
-        try:
-            listed = ContributionList.model_validate_json(data)
-        except ValidationError as exc:
-            raise IntegrityError(f"{CONTRIBUTIONS_NAME} of version {manifest.version} cannot be read") from exc
-        leaves = list(listed.leaves)
-        if listed.model != manifest.model or log_of(leaves) != manifest.log:
-            raise IntegrityError(f"{CONTRIBUTIONS_NAME} of version {manifest.version} is not its manifest's log")
-        return leaves
+        data = get_blob(store, file.sha256, max_bytes=min(file.size_bytes, MAX_LIST_BYTES))
+        return list(parse_contributions(data, manifest))
     if manifest.version == 0:
         return []
     chain = outline(store, manifest, publisher_key=publisher_key, known_changes=known_changes)

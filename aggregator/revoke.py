@@ -2,7 +2,7 @@
 
     find, choose    what a person names  ->  contributions in the latest version's sum
     plan            which rounds are summed again, and from which version on
-    revoke          sum them again (`aggregator.remake`), check the result, publish it
+    revoke          sum them again (`aggregator.resum`), check the result, publish it
 
 What always holds: the coefficients of all others stay as they were; nothing is visible before the last group is done
 and the check has passed. A contribution that is in no published sum cannot be revoked: of an open round nothing is
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from aggregator.fold import next_tensors
 from aggregator.patches import with_patches
 from aggregator.published import Published, latest_version, leaves_in, outline
-from aggregator.remake import Progress, Work, plan_of, remake
+from aggregator.resum import Progress, Work, plan_of, sum_again
 from aggregator.undo import change_draft, publish_change
 from rankup.errors import InputError, NotFoundError
 from rankup.lineage import kept_terms, lineages, without
@@ -159,7 +159,7 @@ def revoke(
             return None
         leaves = without(leaves_in(store, before, publisher_key=key), change.contributions)
         work = plan(store, latest, change.contributions, publisher_key=key)
-        groups, tensors = next_tensors(remake(store, work, progress=progress, parallel=parallel))
+        groups, tensors = next_tensors(sum_again(store, work, progress=progress, parallel=parallel))
         about = {"groups": groups, "tensors": dict(tensors), "recipe": work.recipe, "evaluation": None}
         made = change_draft(store, latest, before.model_copy(update=about), change, leaves, now)
         return with_patches(store, before, made)

@@ -29,7 +29,7 @@ from aggregator.published import (
     with_cards,
     with_log,
 )
-from aggregator.remake import Progress, plan_of, remake
+from aggregator.resum import Progress, plan_of, sum_again
 from rankup.errors import ConflictError, IntegrityError
 from rankup.lineage import require_possible
 from rankup.records import Change, Evaluation, Leaf, Manifest, Rollback
@@ -85,7 +85,7 @@ def _require_there(
 ) -> None:
     """See to it that the files of `target` are in the store: what was dropped is made again, to the bit."""
     work = plan_of(store, latest, chain, target.version, publisher_key=publisher_key)
-    made = remake(store, work, progress=progress)
+    made = sum_again(store, work, progress=progress)
     for folded, group in zip(made, target.groups, strict=True):
         if folded.group != group.model_copy(update={"patch": None}):
             raise IntegrityError(

@@ -23,12 +23,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rankup.download import OnProgress, RateLimit, fetch
+from rankup.durable import sync_file
 from rankup.errors import DiskFullError, IntegrityError, NotFoundError
 from rankup.folder import disk_errors, sha256_of
 from rankup.holdings import Holdings
 from rankup.protocol import Pointer
 from rankup.records import BlobRef, FileEntry, Retained
-from rankup.remake import MAKING, Bench, Setback, remake, sync_file
+from rankup.remake import MAKING, Bench, Setback, remake
 from rankup.routes import Plan, Route, state_of
 from rankup.sources import BlobStream, Patience, Source
 

@@ -45,7 +45,7 @@ class Chain:
 
     def __init__(self) -> None:
         self.manifests: list[Manifest] = []
-        """`manifests[n]` is version n without tensors, groups and files: what `rankup.lineage` needs."""
+        """`manifests[n]` is version n without tensors, groups and files (`slim`)."""
         self.digests: list[str] = []
         self._signer: str | None = None
         self._lineages: dict[int, Lineage] = {}
@@ -77,7 +77,7 @@ class Chain:
             require_same_tensors(manifest, parent)
             self._require_made(manifest, parent, table_of)
         self._lineages[manifest.version] = next_lineage(manifest, self._lineages)
-        self.manifests.append(manifest.model_copy(update={"tensors": {}, "groups": (), "files": ()}))
+        self.manifests.append(slim(manifest))
         self.digests.append(digest)
         self._signer = signer
         self._count(manifest)
@@ -185,6 +185,12 @@ class GrowingLog:
         digest = self._file.copy()
         digest.update(self._tail)
         return BlobRef(sha256=digest.hexdigest(), size_bytes=self._size_bytes + len(self._tail))
+
+
+def slim(manifest: Manifest) -> Manifest:
+    """What lineages follow from: a manifest without its tables of tensors and files. With these a long chain of a large
+    model would not fit into memory."""
+    return manifest.model_copy(update={"tensors": {}, "groups": (), "files": ()})
 
 
 def require_equal_tables(manifest: Manifest, other: Manifest, digest: str) -> None:

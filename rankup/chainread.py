@@ -20,17 +20,20 @@ from rankup.versions import open_envelope, require_asked
 
 @dataclass(frozen=True)
 class Opened:
-    """A version that is trusted; `key` (hex) signed it."""
+    """A version that is trusted: its digest, the key (hex) that signed it, and the envelope that it came in."""
 
     manifest: Manifest
     digest: str
     key: str
-    size_bytes: int
-    """Of the envelope."""
+    envelope: bytes
 
 
 class VersionReader:
-    """Versions of `model` by one publisher. Without `publisher_key` the first one's key is taken."""
+    """Versions of `model` by one publisher. Without `publisher_key` the first one's key is taken.
+
+    It is not a `rankup.reader.Reader`: that one refuses what contradicts its memory as soon as it is read, while here
+    `Chain` compares all versions, so that a broken chain is explained by the rule that it breaks.
+    """
 
     def __init__(self, source: Source, model: str, *, publisher_key: str | None, patience: Patience) -> None:
         self._source = source
@@ -72,7 +75,7 @@ class VersionReader:
         require_asked(manifest, digest, model=self._model, version=version, pointed=pointed)
         if self._pinned is None or len(manifest.keys) > len(self._known):
             self._pinned, self._known = key, manifest.keys
-        return Opened(manifest, digest, key, len(envelope))
+        return Opened(manifest, digest, key, envelope)
 
     def require_nothing_newer(self, version: int) -> None:
         """No version of this publisher follows `version`, which the pointer named: nobody moved it back.
@@ -115,5 +118,5 @@ def read_chain(reader: VersionReader, top: Opened, *, on_bytes: Callable[[int], 
     for number in range(top.manifest.version + 1):
         one = top if number == top.manifest.version else reader.open(number)
         chain.admit(one.manifest, one.digest, one.key, table_of=lambda version: reader.open(version).manifest)
-        on_bytes(one.size_bytes)
+        on_bytes(len(one.envelope))
     return chain

@@ -185,7 +185,7 @@ def open_folder(folder: Path, *, publisher_key: str | None) -> tuple[FolderState
     """
     state = read_folder_state(folder)
     if state is None and publisher_key is not None:
-        manifest, digest, key = open_envelope(_envelope_in(folder), publisher_key=publisher_key)
+        manifest, digest, key = open_envelope(sealed_manifest(folder), publisher_key=publisher_key)
         state = FolderState(model=manifest.model, publisher_key=key, keys=manifest.keys, manifest=digest)
         return state, manifest, digest, key
     if state is None or not state.complete:
@@ -194,14 +194,19 @@ def open_folder(folder: Path, *, publisher_key: str | None) -> tuple[FolderState
             remedy = "It was not pulled, so it has pinned no key: name the publisher's with --key."
         raise NotFoundError(f"no complete version lies in {folder}", remedy=remedy)
     manifest, digest, key = open_envelope(
-        _envelope_in(folder), publisher_key=publisher_key or state.publisher_key, known_changes=state.keys
+        sealed_manifest(folder), publisher_key=publisher_key or state.publisher_key, known_changes=state.keys
     )
     if digest != state.manifest:
         raise IntegrityError(f"the manifest in {folder} is {digest[:16]}…, but {str(state.manifest)[:16]}… was pulled")
     return state, manifest, digest, key
 
 
-def _envelope_in(folder: Path) -> bytes:
+def sealed_manifest(folder: Path) -> bytes:
+    """The envelope that a version's folder holds, not opened yet; one byte more than its limit where it is too large.
+
+    Raises:
+        NotFoundError: the folder has none.
+    """
     try:
         with (folder / ENVELOPE_NAME).open("rb") as sealed:
             return sealed.read(MAX_ENVELOPE_BYTES + 1)

@@ -28,9 +28,18 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     sync_folder(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Put a file's data on disk, whoever wrote it."""
+    _sync(path)
+
+
 def sync_folder(folder: Path) -> None:
     """A rename survives a power cut only once its folder is on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -14,12 +14,11 @@ What always holds:
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from rankup.durable import sync_folder
+from rankup.durable import sync_file, sync_folder
 from rankup.folder import ENVELOPE_NAME, PARTIAL_NAME, FolderState, disk_errors, write_durably, write_folder_state
 from rankup.records import FileEntry
 
@@ -56,8 +55,7 @@ def install(
                 # Two files with the same bytes: the second gets its own copy, before anything is moved.
                 arrived = partial / f"{file.sha256}.{len(moves)}"
                 shutil.copyfile(partial / file.sha256, arrived)
-                with arrived.open("rb") as copied:
-                    os.fsync(copied.fileno())
+                sync_file(arrived)
             taken.add(file.sha256)
             moves.append((arrived, folder / file.path))
         set_aside = [_set_aside(place) for _, place in moves if place.name not in owned and place.exists()]

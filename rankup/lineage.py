@@ -25,7 +25,18 @@ from dataclasses import dataclass
 from rankup.errors import InputError, IntegrityError
 from rankup.merkle import leaf_hash, tree_root
 from rankup.message import canonical_json
-from rankup.records import Change, ContributionList, KeyRotation, Leaf, Log, Manifest, Revocation, Rollback, Term
+from rankup.records import (
+    BlobRef,
+    Change,
+    ContributionList,
+    KeyRotation,
+    Leaf,
+    Log,
+    Manifest,
+    Revocation,
+    Rollback,
+    Term,
+)
 
 CONTRIBUTIONS_NAME = "contributions.json"
 
@@ -105,6 +116,12 @@ def _require(holds: bool, manifest: Manifest, does: str, contribution: str, whic
 def kept_terms(manifest: Manifest, revoked: frozenset[str]) -> tuple[Term, ...]:
     """The terms of a round's manifest that have a part in its sum and are not revoked."""
     return tuple(term for term in manifest.terms if term.coefficient and term.contribution not in revoked)
+
+
+def contributions_of(manifest: Manifest, revoked: frozenset[str] = frozenset()) -> tuple[BlobRef, ...]:
+    """The contributions with a part in the sum of a round."""
+    terms = kept_terms(manifest, revoked)
+    return tuple(BlobRef(sha256=term.contribution, size_bytes=term.size_bytes) for term in terms)
 
 
 def replay_plan(chain: Sequence[Manifest], version: int) -> Plan:

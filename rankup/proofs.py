@@ -21,8 +21,8 @@ from pydantic import Field, ValidationError
 from rankup.checkfiles import open_folder
 from rankup.errors import InputError, IntegrityError, NotFoundError, StateError, TooLargeError
 from rankup.folder import sha256_of
-from rankup.lineage import CONTRIBUTIONS_NAME, leaf_hashes
-from rankup.merkle import inclusion_proof, leaf_hash, root_of_proof, tree_root
+from rankup.lineage import CONTRIBUTIONS_NAME, leaf_hashes, log_of
+from rankup.merkle import inclusion_proof, leaf_hash, root_of_proof
 from rankup.message import Digest, Identifier, Message, canonical_json
 from rankup.records import ContributionList, Leaf, Manifest, Revocation
 from rankup.versions import MAX_ENVELOPE_BYTES, open_envelope
@@ -144,6 +144,24 @@ def read_proof(path: Path) -> InclusionProof:
         raise IntegrityError(f"{path} is not a proof", remedy="Write it again with --write-proof.") from exc
 
 
+def parse_contributions(data: bytes, manifest: Manifest) -> tuple[Leaf, ...]:
+    """The leaves in a version's `contributions.json`, of which no more than `MAX_LIST_BYTES` were read.
+
+    Raises:
+        IntegrityError: it is no such list, or not the one whose log the manifest has.
+    """
+    try:
+        found = ContributionList.model_validate_json(data)
+    except ValidationError as exc:
+        raise IntegrityError(f"{CONTRIBUTIONS_NAME} of version {manifest.version} cannot be read") from exc
+    if found.model != manifest.model or log_of(found.leaves) != manifest.log:
+        raise IntegrityError(
+            f"{CONTRIBUTIONS_NAME} is not the list that version {manifest.version} was signed with",
+            remedy="Fetch the version again.",
+        )
+    return found.leaves
+
+
 def _leaves(folder: Path, manifest: Manifest) -> tuple[Leaf, ...]:
     """The leaves of the manifest's log, from the folder."""
     listed = [file for file in manifest.files if file.path == CONTRIBUTIONS_NAME]
@@ -152,17 +170,7 @@ def _leaves(folder: Path, manifest: Manifest) -> tuple[Leaf, ...]:
             raise NotFoundError(f"version {manifest.version} comes without {CONTRIBUTIONS_NAME}")
         return ()
     data = _read(folder / CONTRIBUTIONS_NAME, MAX_LIST_BYTES, "list of contributions")
-    try:
-        found = ContributionList.model_validate_json(data)
-    except ValidationError as exc:
-        raise IntegrityError(f"{folder / CONTRIBUTIONS_NAME} is not a list of contributions") from exc
-    root = tree_root(leaf_hashes(found.leaves)).hex()
-    if found.model != manifest.model or (len(found.leaves), root) != (manifest.log.size, manifest.log.root):
-        raise IntegrityError(
-            f"{folder / CONTRIBUTIONS_NAME} is not the list that version {manifest.version} was signed with",
-            remedy="Pull the version again.",
-        )
-    return found.leaves
+    return parse_contributions(data, manifest)
 
 
 def _absent(contribution: str, manifest: Manifest) -> InputError:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Self
 
 from rankup.assemble import CountedSource, Means, assemble
+from rankup.chainread import Opened
 from rankup.download import OnProgress, PullProgress, RateLimit
 from rankup.errors import RankupError, StateError
 from rankup.folder import (
@@ -39,10 +40,11 @@ from rankup.folder import (
 )
 from rankup.holdings import Hashed, Holdings, look
 from rankup.install import forget_parts, install
-from rankup.reader import Opened, Reader
+from rankup.reader import Reader
 from rankup.records import Manifest, Retained
 from rankup.remake import Setback
-from rankup.routes import Plan, Stock, plan_exports, plan_masters
+from rankup.roundroutes import plan_masters
+from rankup.routes import Plan, Stock, plan_exports
 from rankup.sources import GatewaySource, Patience, Source, StoreSource, patiently
 
 __all__ = [

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
+from rankup.chainread import Opened
 from rankup.errors import InputError, IntegrityError, NotFoundError, RankupError
 from rankup.folder import FolderState
 from rankup.records import KeyChange, Manifest
@@ -27,18 +27,12 @@ from rankup.versions import MAX_KNOWN_VERSIONS, History, open_envelope, require_
 _PREFIX: Final = re.compile(r"^[0-9a-f]{8,64}$")
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A manifest that is trusted: its digest, the key (hex) that signed it, and the envelope that it came in."""
-
-    manifest: Manifest
-    digest: str
-    key: str
-    envelope: bytes
-
-
 class Reader:
-    """`publisher_key` (hex) is pinned in the place of the one that `before` has; None for both pins the first seen."""
+    """`publisher_key` (hex) is pinned in the place of the one that `before` has; None for both pins the first seen.
+
+    It is not a `rankup.chainread.VersionReader`: it reads a few versions, now and at the next pull, so what it has seen
+    before stands in for the rest of the chain, and a version that contradicts it leaves no trace here.
+    """
 
     def __init__(
         self,

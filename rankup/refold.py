@@ -35,25 +35,23 @@ BlobPath = Callable[[str], Path]
 """Digest of a contribution -> the file that holds it, checked against its hash."""
 
 
-def contributions_of(manifest: Manifest, revoked: frozenset[str] = frozenset()) -> tuple[BlobRef, ...]:
-    """The contributions with a part in the sum of a round."""
-    terms = kept_terms(manifest, revoked)
-    return tuple(BlobRef(sha256=term.contribution, size_bytes=term.size_bytes) for term in terms)
+def law_of(manifest: Manifest) -> Law:
+    """How the sum of a round's version becomes its tensors."""
+    outer = PLAIN_SUM if manifest.recipe is None else manifest.recipe.aggregation.outer
+    return Law(manifest.denominator_log2, outer)
 
 
 class RoundSum:
-    """What the version `manifest` adds to its parent.
+    """What the version `manifest` adds to its parent; making one reads every contribution.
 
     Raises IntegrityError: a contribution is not one of the round.
     """
 
     def __init__(self, manifest: Manifest, blob: BlobPath, *, revoked: frozenset[str] = frozenset()) -> None:
-        outer = PLAIN_SUM if manifest.recipe is None else manifest.recipe.aggregation.outer
         self._manifest = manifest
-        self.law = Law(manifest.denominator_log2, outer)
-        self.terms = kept_terms(manifest, revoked)
-        """Those with a part in the sum, sorted by contribution."""
-        self._deltas = [(term.coefficient, self._open(term, blob(term.contribution))) for term in self.terms]
+        self.law = law_of(manifest)
+        terms = kept_terms(manifest, revoked)
+        self._deltas = [(term.coefficient, self._open(term, blob(term.contribution))) for term in terms]
 
     def tensor_terms(self, name: str) -> list[TensorTerm]:
         """The parts of the sum in one tensor; empty where no contribution changes it."""
@@ -73,12 +71,12 @@ class RoundSum:
 
         Raises IntegrityError: the parent's bytes or the contributions are not what they must be.
         """
-        _require_stored(masters, name, master_dtype(before.export_dtype), before.shape)
+        require_stored(masters, name, master_dtype(before.export_dtype), before.shape)
         momentum = None
         if self.law.outer.keeps_state and before.momentum is not None:
             if momenta is None:
                 raise IntegrityError(f"tensor {name!r} has a momentum, but its group has no file of them")
-            _require_stored(momenta, name, "F32", before.shape)
+            require_stored(momenta, name, "F32", before.shape)
             momentum = partial(momenta.read_part, name)
         master = partial(masters.read_part, name)
         try:
@@ -156,7 +154,8 @@ def refold_group(
         return writer.finish(), None if states is None else states.finish()
 
 
-def _require_stored(file: TensorFile, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+def require_stored(file: TensorFile, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Raise IntegrityError unless the file holds a tensor of that name, dtype and shape."""
     extent = file.entries.get(name)
     if extent is None or (extent.dtype, extent.shape) != (dtype, shape):
         raise IntegrityError(f"the stored file does not hold tensor {name!r} as {dtype} {list(shape)}")

@@ -11,7 +11,6 @@ What must be there before is fetched by `rankup.assemble`; which way is taken is
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from rankup.download import OnProgress, PullProgress
+from rankup.durable import sync_file
 from rankup.errors import IntegrityError, NotFoundError, RankupError
 from rankup.folder import disk_errors
 from rankup.holdings import Holdings
@@ -212,9 +212,3 @@ def _step(round_: RoundSum, before: Manifest, old: Group, new: Group, bench: Ben
     finally:
         for written in making:
             written.unlink(missing_ok=True)
-
-
-def sync_file(path: Path) -> None:
-    """Put a file's data on disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

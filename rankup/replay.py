@@ -138,7 +138,7 @@ def _prove_version(work: Work) -> Report:
         before = published_state(begin.manifest, work.cache)
         state = work.replay(plan, chain, before, scratch, last=None, consume=False)
     work.tally.compare("", state.tensors, top, parent.manifest)
-    terms = sum(len(one.terms) for one in rounds)
+    terms = sum(len(one.deltas) for one in rounds)
     note = f"replayed from version {plan.start} and {terms} contributions"
     if top.change is not None:
         note += f" of {len(rounds)} rounds, without those that were revoked"

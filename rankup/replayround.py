@@ -1,9 +1,9 @@
 """One round made again: masters and momenta before it, its contributions, and the masters and momenta after it.
 
-The deltas, each checked by hash before, are folded tensor by tensor with the coefficients and the outer step of the
-round's manifest, by the same loop that the fold uses (`rankup.foldrows`). What comes before may be a published version
+The sum is `rankup.refold`'s, of deltas whose hashes were checked before. What comes before may be a published version
 (`published_state`) or a round that was made again itself; what comes after is only hashed, or also written down for
-the next round.
+the next round. `rankup.refold.refold_group` makes the very files that a manifest names; the files here are for the next
+round alone, and what is compared is each tensor.
 
 What always holds:
 - every byte of the state before is hashed on the way and must be what its table says, whoever wrote it;
@@ -16,22 +16,18 @@ It fetches nothing, and compares nothing: `rankup.replay` does.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from rankup.checkfiles import Tally, require_members
-from rankup.delta import DeltaHeader, DeltaReader, check_structure
 from rankup.dtypes import master_dtype, raw_bytes
-from rankup.errors import DeltaError, InputError, IntegrityError
 from rankup.folder import disk_errors
-from rankup.foldrows import Law, ReadAt, TensorTerm, Tile, TileHashes, fold_tiles
-from rankup.lineage import kept_terms
-from rankup.recipe import PLAIN_SUM
-from rankup.records import BlobRef, Manifest, TensorEntry, Term
-from rankup.targets import Target, select_targets
+from rankup.foldrows import Tile, TileHashes
+from rankup.lineage import contributions_of
+from rankup.records import BlobRef, Manifest, TensorEntry
+from rankup.refold import RoundSum, law_of
 from rankup.tensorfile import TensorFile, TensorFileWriter
 
 
@@ -83,22 +79,19 @@ def state_refs(manifest: Manifest, *, momenta: bool) -> list[BlobRef]:
 
 
 class Round:
-    """One round: its manifest, what is left out of it, and in `cache` its deltas as `<sha256>`."""
+    """One round: its manifest, what is left out of it, and in `cache` its deltas as `<sha256>`, once it is replayed."""
 
     def __init__(self, manifest: Manifest, cache: Path, *, without: frozenset[str] = frozenset()) -> None:
         self._manifest = manifest
         self._cache = cache
-        self._law = Law(
-            manifest.denominator_log2, PLAIN_SUM if manifest.recipe is None else manifest.recipe.aggregation.outer
-        )
-        self.terms = kept_terms(manifest, without)
+        self._without = without
+        self.deltas = contributions_of(manifest, without)
         """Those with a part in the sum."""
-        self.deltas = [BlobRef(sha256=term.contribution, size_bytes=term.size_bytes) for term in self.terms]
 
     @property
     def keeps_state(self) -> bool:
         """It needs the momenta before it."""
-        return self._law.outer.keeps_state
+        return law_of(self._manifest).outer.keeps_state
 
     @property
     def delta_bytes(self) -> int:
@@ -111,19 +104,19 @@ class Round:
 
         Raises IntegrityError where something is not what a manifest says.
         """
-        readers = {term.contribution: self._open_delta(term) for term in self.terms}
+        round_ = RoundSum(self._manifest, lambda digest: self._cache / digest, revoked=self._without)
         tally.add_bytes(self.delta_bytes)
         entries: dict[str, TensorEntry] = {}
         groups: list[GroupState] = []
         for number, group in enumerate(before.groups):
             with ExitStack() as files:
-                work = GroupWork(self._law, before.tensors, group, files)
+                work = GroupWork(round_, before.tensors, group, files)
                 target = None
                 if into is not None:
-                    target = GroupTarget(into / str(number), group, work.outline(self._touched(readers)), files)
+                    target = GroupTarget(into / str(number), group, work.outline(), files)
                     groups.append(target.state)
                 for name in group.tensors if target is None else target.order:
-                    entries[name] = work.make(name, self._terms_of(name, readers), target)
+                    entries[name] = work.make(name, target)
                 if target is not None:
                     target.finish()
             tally.add_bytes(group.size_bytes)
@@ -131,91 +124,36 @@ class Round:
                 _remove_group(group)
         return State(entries, tuple(groups), own=True)
 
-    def _touched(self, readers: Mapping[str, DeltaReader]) -> set[str]:
-        return {name for reader in readers.values() for name in reader.layouts}
-
-    def _terms_of(self, name: str, readers: Mapping[str, DeltaReader]) -> list[TensorTerm]:
-        touching = [(term.coefficient, readers[term.contribution]) for term in self.terms]
-        return [
-            TensorTerm(coefficient, partial(reader.factors, name), reader.slices(name))
-            for coefficient, reader in touching
-            if name in reader.layouts
-        ]
-
-    def _open_delta(self, term: Term) -> DeltaReader:
-        """A contribution whose every value was checked; its file is opened for each read: there may be thousands."""
-        path = self._cache / term.contribution
-
-        def read_at(start: int, length: int) -> bytes:
-            with path.open("rb") as file:
-                file.seek(start)
-                return file.read(length)
-
-        manifest = self._manifest
-        if manifest.round_id is None or manifest.parent is None:
-            raise IntegrityError(f"version {manifest.version} has terms but names no round or no parent")
-        try:
-            reader = DeltaReader(read_at, path.stat().st_size)
-            expected = DeltaHeader(
-                model=manifest.model,
-                round_id=manifest.round_id,
-                lease_id=reader.header.lease_id,  # the lease is not in the manifest
-                base_manifest=term.base_manifest or manifest.parent,
-            )
-            recipe = manifest.recipe
-            check_structure(
-                reader,
-                targets=_targets(manifest),
-                header=expected,
-                partial=recipe is not None and recipe.partial,
-            )
-        except InputError as exc:
-            raise IntegrityError(f"the contribution {path.name[:16]}… is not one of this round: {exc.cause}") from exc
-        return reader
-
 
 class GroupWork:
     """One group's state before the round, opened and checked against its table."""
 
-    def __init__(self, law: Law, before: Mapping[str, TensorEntry], group: GroupState, files: ExitStack) -> None:
-        self._law = law
+    def __init__(
+        self, round_: RoundSum, before: Mapping[str, TensorEntry], group: GroupState, files: ExitStack
+    ) -> None:
+        self._round = round_
         self._before = {name: before[name] for name in group.tensors}
         self._masters = files.enter_context(TensorFile.open(group.master))
         require_members(self._masters, group.tensors, group.master.name)
         self._momenta: TensorFile | None = None
         stateful = [name for name, entry in self._before.items() if entry.momentum is not None]
-        if law.outer.keeps_state and group.momentum is not None:
+        if round_.law.outer.keeps_state and group.momentum is not None:
             self._momenta = files.enter_context(TensorFile.open(group.momentum))
             require_members(self._momenta, stateful, group.momentum.name)
 
-    def outline(self, touched: Collection[str]) -> dict[str, tuple[TensorEntry, bool]]:
+    def outline(self) -> dict[str, tuple[TensorEntry, bool]]:
         """Tensor -> its entry before the round, and whether it has a momentum after it."""
-        keeps = self._law.outer.keeps_state
-        return {
-            name: (entry, keeps and (name in touched or entry.momentum is not None))
-            for name, entry in self._before.items()
-        }
+        keeps = self._round.law.outer.keeps_state
+        return {name: (entry, keeps and self._round.moves(name, entry)) for name, entry in self._before.items()}
 
-    def make(self, name: str, terms: Sequence[TensorTerm], target: GroupTarget | None) -> TensorEntry:
+    def make(self, name: str, target: GroupTarget | None) -> TensorEntry:
         """The entry of one tensor after the round; its bytes go to `target`."""
         before = self._before[name]
-        require_stored(self._masters, name, master_dtype(before.export_dtype), before.shape)
-        momentum: ReadAt | None = None
-        if self._law.outer.keeps_state and before.momentum is not None:
-            if self._momenta is None:
-                raise IntegrityError(f"tensor {name!r} has a momentum, but its group has no file of them")
-            require_stored(self._momenta, name, "F32", before.shape)
-            momentum = partial(self._momenta.read_part, name)
         hashes = TileHashes()
-        try:
-            for tile in fold_tiles(
-                name, before, terms, self._law, master=partial(self._masters.read_part, name), momentum=momentum
-            ):
-                hashes.update(tile)
-                if target is not None:
-                    target.append(name, tile)
-        except DeltaError as exc:
-            raise IntegrityError(f"the contributions cannot be folded: {exc.cause}") from exc
+        for tile in self._round.tiles(name, before, self._masters, self._momenta):
+            hashes.update(tile)
+            if target is not None:
+                target.append(name, tile)
         return hashes.entry(before.shape, before.export_dtype, before.role)
 
 
@@ -253,19 +191,7 @@ class GroupTarget:
                 file.flush()
 
 
-def require_stored(file: TensorFile, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """Raise IntegrityError unless the file holds a tensor of that name, dtype and shape."""
-    extent = file.entries.get(name)
-    if extent is None or (extent.dtype, extent.shape) != (dtype, shape):
-        raise IntegrityError(f"the stored file does not hold tensor {name!r} as {dtype} {list(shape)}")
-
-
 def _remove_group(group: GroupState) -> None:
     group.master.unlink(missing_ok=True)
     if group.momentum is not None:
         group.momentum.unlink(missing_ok=True)
-
-
-def _targets(manifest: Manifest) -> Mapping[str, Target]:
-    """What a contribution of this round may change."""
-    return manifest.targets() if manifest.recipe is None else select_targets(manifest.targets(), manifest.recipe)

@@ -27,7 +27,8 @@ from rankup.folder import disk_errors
 from rankup.foldrows import Law, TileHashes, fold_tiles
 from rankup.lineage import Plan
 from rankup.records import BlobRef, Manifest, TensorEntry
-from rankup.replayround import Round, State, require_stored
+from rankup.refold import require_stored
+from rankup.replayround import Round, State
 from rankup.tensorfile import TensorFile
 from rankup.versions import History, require_same_tensors
 
@@ -67,7 +68,7 @@ class Work:
 
     def chain(self) -> Chain:
         """Every manifest down to version 0."""
-        self.start("checking", self.top.size_bytes * (self.top.manifest.version + 1))
+        self.start("checking", len(self.top.envelope) * (self.top.manifest.version + 1))
         chain = read_chain(self.reader, self.top, on_bytes=self.tally.add_bytes)
         self.tally.versions = len(chain.manifests)
         return chain

@@ -12,6 +12,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from rankup.errors import IntegrityError, TooLargeError
+from rankup.lineage import contributions_of
 from rankup.records import BlobRef, Manifest, Part, Retained
 
 MAX_RETAINED_BYTES: Final = 16 * 1024 * 1024
@@ -44,9 +45,7 @@ def parts_of(manifest: Manifest) -> dict[Part, list[BlobRef]]:
         "patch": [group.patch for group in groups if group.patch is not None],
         "master": [group.master for group in groups],
         "momentum": [group.momentum for group in groups if group.momentum is not None],
-        "contributions": [
-            BlobRef(sha256=term.contribution, size_bytes=term.size_bytes) for term in manifest.terms if term.coefficient
-        ],
+        "contributions": list(contributions_of(manifest)),
     }
 
 

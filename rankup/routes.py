@@ -1,4 +1,5 @@
-"""The cheapest way to every file of a version, from what is at hand: a plan, made without any I/O.
+"""The cheapest way to every file of a version, from what is at hand: what a plan is, and the plan for the files that
+`from_pretrained` reads, made without any I/O. `rankup.roundroutes` plans for masters and momenta.
 
 For each file one of these:
 
@@ -24,11 +25,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from rankup.records import BlobRef, FileEntry, Group, KeyRotation, Manifest, Part, Patch, Retained, Rollback
+from rankup.records import BlobRef, FileEntry, Group, Manifest, Part, Patch, Retained, Rollback
 
 MAX_HOPS: Final = 64
 """Patches in one chain, rounds in one replay, and older manifests that are read for one plan."""
@@ -104,27 +105,10 @@ def plan_exports(
     search = _Search(manifest, stock, retained, manifest_of, manifest_bytes)
     patched = {group.export.sha256 for group in manifest.groups}
     routes = tuple(
-        search.cheapest(file) if file.sha256 in patched and file.sha256 not in stock.held else _direct(file, stock)
+        search.cheapest(file) if file.sha256 in patched and file.sha256 not in stock.held else direct(file, stock)
         for file in files
     )
-    return _plan(manifest, routes, stock)
-
-
-def plan_masters(
-    manifest: Manifest, stock: Stock, retained: Retained, manifest_of: ManifestOf, *, manifest_bytes: int
-) -> Plan:
-    """The plan for what the fold goes on from: masters and momenta."""
-    routes = tuple(_direct(file, stock) for file in state_files(manifest))
-    plan = _plan(manifest, routes, stock)
-    found = _by_rounds(manifest, stock, retained, manifest_of, plan.full_bytes, manifest_bytes)
-    if found is None:
-        return plan
-    made = {file.sha256 for group in found.groups for file in state_of(group)}
-    routes = tuple(
-        replace(route, kind="rounds", fetched=()) if route.kind == "full" and route.file.sha256 in made else route
-        for route in routes
-    )
-    return _plan(manifest, routes, stock, found.chain, found.deltas)
+    return make_plan(manifest, routes, stock)
 
 
 def state_of(group: Group) -> tuple[FileEntry, ...]:
@@ -142,23 +126,26 @@ def same_group(group: Group, manifest: Manifest) -> Group | None:
     return next((other for other in manifest.groups if set(other.tensors) == set(group.tensors)), None)
 
 
-def _direct(file: FileEntry, stock: Stock) -> Route:
+def direct(file: FileEntry, stock: Stock) -> Route:
+    """The file from what is at hand, or whole."""
     return Route(file, "here") if file.sha256 in stock.held else Route(file, "full", fetched=(file,))
 
 
-def _plan(
+def make_plan(
     manifest: Manifest,
     routes: tuple[Route, ...],
     stock: Stock,
     chain: tuple[Manifest, ...] = (),
     deltas: tuple[BlobRef, ...] = (),
 ) -> Plan:
+    """The plan with these routes, and what it costs."""
     missing = {route.file.sha256: route.file for route in routes if route.kind != "here"}
     plan = Plan(manifest, routes, 0, sum(stock.cost(file) for file in missing.values()), chain, deltas)
     return replace(plan, fetch_bytes=sum(stock.cost(ref) for ref in plan.refs))
 
 
-def _gone(retained: Retained, version: int, part: Part) -> bool:
+def is_gone(retained: Retained, version: int, part: Part) -> bool:
+    """The record says that this part of the version is no longer kept whole."""
     return part in retained.gone.get(version, ())
 
 
@@ -209,7 +196,7 @@ class _Search:
     def cheapest(self, file: FileEntry) -> Route:
         """The route to an export file of the target that is not held."""
         whole = Route(file, "full", fetched=(file,))
-        lost = file.sha256 in self._stock.avoid or _gone(self._retained, self._target.version, "export")
+        lost = file.sha256 in self._stock.avoid or is_gone(self._retained, self._target.version, "export")
         if file.sha256 in self._stock.whole or not (self._bases or lost):
             return whole
         order = itertools.count()
@@ -253,7 +240,7 @@ class _Search:
             longer.append((0, replace(way, version=way.version - 1)))
         elif (
             patch.sha256 not in self._stock.avoid
-            and not _gone(self._retained, way.version, "patch")
+            and not is_gone(self._retained, way.version, "patch")
             and len(way.patches) < MAX_HOPS
         ):
             step = _Way(way.version - 1, patch.base, (patch, *way.patches))
@@ -263,7 +250,7 @@ class _Search:
         if (
             way.version < self._target.version
             and group.export.sha256 not in self._stock.avoid
-            and not _gone(self._retained, way.version, "export")
+            and not is_gone(self._retained, way.version, "export")
         ):
             longer.append((self._stock.cost(group.export), replace(way, start=group.export)))
         return longer
@@ -275,66 +262,3 @@ class _Search:
             manifest = self._manifest_of(version)
             self._seen[version] = None if manifest is None else _Seen.of(manifest)
         return self._seen[version]
-
-
-# -- rounds made again -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rounds:
-    chain: tuple[Manifest, ...]
-    deltas: tuple[BlobRef, ...]
-    groups: tuple[Group, ...]
-    """Groups of the target that can be made."""
-    saved_bytes: int
-
-
-def _by_rounds(
-    manifest: Manifest,
-    stock: Stock,
-    retained: Retained,
-    manifest_of: ManifestOf,
-    full_bytes: int,
-    manifest_bytes: int,
-) -> _Rounds | None:
-    """The start, among the versions before, from which making the files again saves most; None where nothing does.
-
-    A rollback or a revocation ends the search: what such a version holds does not follow from its parent by rounds.
-    """
-    chain: tuple[Manifest, ...] = (manifest,)
-    deltas: dict[str, BlobRef] = {}
-    best: _Rounds | None = None
-    while len(chain) <= min(MAX_HOPS, full_bytes // max(1, manifest_bytes)):
-        newest = chain[0]
-        if newest.version <= stock.floor or not (newest.change is None or isinstance(newest.change, KeyRotation)):
-            break
-        for term in newest.terms:
-            if term.coefficient:
-                deltas[term.contribution] = BlobRef(sha256=term.contribution, size_bytes=term.size_bytes)
-        spent = sum(stock.cost(delta) for delta in deltas.values())
-        if (
-            spent >= full_bytes
-            or stock.avoid & deltas.keys()
-            or (newest.terms and _gone(retained, newest.version, "contributions"))
-        ):
-            break
-        parent = manifest_of(newest.version - 1)
-        if parent is None:
-            break
-        chain = (parent, *chain)
-        groups = tuple(group for group in manifest.groups if _can_start(group, chain, stock))
-        saved = sum(stock.cost(file) for group in groups for file in state_of(group)) - spent
-        if saved > (0 if best is None else best.saved_bytes):
-            best = _Rounds(chain, tuple(deltas.values()), groups, saved)
-    return best
-
-
-def _can_start(group: Group, chain: Sequence[Manifest], stock: Stock) -> bool:
-    """The first version of the chain has all of the group's state, at hand, and the same group is in every version."""
-    if any(file.sha256 in stock.whole for file in state_of(group)) or all(
-        file.sha256 in stock.held for file in state_of(group)
-    ):
-        return False
-    before = [same_group(group, manifest) for manifest in chain]
-    first = before[0]
-    return None not in before and first is not None and all(file.sha256 in stock.held for file in state_of(first))

@@ -657,10 +657,24 @@ def put_blob_file(store: Store, path: Path, *, ref: BlobRef | None = None, progr
         with _open_source(path) as source:
             digest = hashlib.file_digest(source, "sha256").hexdigest()
             ref = BlobRef(sha256=digest, size_bytes=source.tell())
-    present = store.head(blob_key(ref.sha256))
-    if present is None or present.size_bytes != ref.size_bytes:
+    if not has_blob(store, ref):
         store.put_file(blob_key(ref.sha256), path, progress=progress)
     return ref
+
+
+def has_blob(store: Store, ref: BlobRef) -> bool:
+    """The blob is there in its size."""
+    present = store.head(blob_key(ref.sha256))
+    return present is not None and present.size_bytes == ref.size_bytes
+
+
+def get_blob_file(store: Store, digest: str, path: Path) -> None:
+    """Put the bytes with this hash into the file `path`. Raises NotFoundError, IntegrityError (they do not have it),
+    and DiskFullError."""
+    store.get_file(blob_key(digest), path)
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise IntegrityError(f"the bytes stored under blob {digest} have another hash")
 
 
 def get_blob(store: Store, digest: str, *, max_bytes: int) -> bytes:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from rankup.checkfiles import sealed_manifest
 from rankup.errors import InputError, IntegrityError, NotFoundError, StateError, TooLargeError
 from rankup.folder import ENVELOPE_NAME, read_folder_state, sha256_of
 from rankup.records import Manifest
 from rankup.tensorfile import TensorExtent, TensorFile
-from rankup.versions import MAX_ENVELOPE_BYTES, open_envelope
+from rankup.versions import open_envelope
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -183,12 +184,9 @@ def _read_provenance(folder: Path) -> Provenance | None:
         raise StateError(f"a pull into {folder} has not finished", remedy="Run `rankup pull` into it again.")
     if state.want != "export":
         raise InputError(f"{folder} holds float32 masters", remedy="Pull the version itself into another folder.")
-    try:
-        with (folder / ENVELOPE_NAME).open("rb") as sealed:
-            envelope = sealed.read(MAX_ENVELOPE_BYTES + 1)
-    except FileNotFoundError as exc:
-        raise NotFoundError(f"{folder} lacks {ENVELOPE_NAME}", remedy="Pull the version again.") from exc
-    manifest, digest, key = open_envelope(envelope, publisher_key=state.publisher_key)
+    manifest, digest, key = open_envelope(
+        sealed_manifest(folder), publisher_key=state.publisher_key, known_changes=state.keys
+    )
     provenance = Provenance(manifest, digest, key)
     if digest != state.manifest:
         raise _changed(ENVELOPE_NAME, provenance)

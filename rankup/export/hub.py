@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import rankup
-from rankup.checkfiles import verify_files
+from rankup.checkfiles import sealed_manifest, verify_files
 from rankup.download import OnProgress
 from rankup.errors import (
     BusyError,
@@ -42,7 +42,7 @@ from rankup.errors import (
 )
 from rankup.folder import ENVELOPE_NAME, folder_lock, read_folder_state, sha256_of
 from rankup.records import FileEntry, Manifest
-from rankup.versions import MAX_ENVELOPE_BYTES, open_envelope
+from rankup.versions import open_envelope
 
 ALWAYS_THERE: Final = frozenset((".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"))
 """What a new repository may hold before the first version."""
@@ -119,8 +119,7 @@ def plan_upload(folder: Path, *, publisher_key: str | None = None, progress: OnP
             f"{folder} is not the version that its publisher signed: {', '.join(report.mismatches[:8])}",
             remedy="Pull the version again, then publish it.",
         )
-    with (folder / ENVELOPE_NAME).open("rb") as sealed:
-        envelope = sealed.read(MAX_ENVELOPE_BYTES + 1)
+    envelope = sealed_manifest(folder)
     manifest, digest, key = open_envelope(envelope, publisher_key=report.publisher_key)
     if digest != report.manifest:
         raise IntegrityError(f"the manifest in {folder} changed while it was checked", remedy="Publish it again.")
@@ -292,7 +291,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
         ) from exc
     except ValueError as exc:
         raise InputError(f"the hub refuses this: {_line(exc)}") from exc
-    except (errors.HTTPError, OSError, RuntimeError) as exc:  # type: ignore[attr-defined]
+    except (errors.HTTPError, OSError, RuntimeError) as exc:
         cause = exc.__cause__
         if isinstance(cause, errors.HfHubHTTPError):
             raise _of_status(repo, cause.response.status_code, _line(cause)) from exc

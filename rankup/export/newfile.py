@@ -7,14 +7,13 @@ that is killed leaves a file `.NAME.*.partial`, which can be removed.)
 from __future__ import annotations
 
 import errno
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rankup.durable import sync_folder
+from rankup.durable import sync_file, sync_folder
 from rankup.errors import DiskFullError, SetupError, StateError
 
 
@@ -35,7 +34,7 @@ def new_file(to: Path, *, force: bool, size_bytes: int = 0) -> Iterator[Path]:
         if shutil.disk_usage(to.parent).free < size_bytes:
             raise room
         yield fresh
-        _sync(fresh)
+        sync_file(fresh)
         fresh.replace(to)
         sync_folder(to.parent)
     except OSError as exc:
@@ -53,11 +52,3 @@ def require_absent(to: Path, *, force: bool) -> None:
         raise StateError(f"{to} is a folder", remedy="Give the name of a file.")
     if to.exists() and not force:
         raise StateError(f"{to} exists already", remedy="Choose another name, or replace it with --force.")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,8 +7,9 @@ from history import History, make_history, make_varied_history
 
 from rankup.errors import IntegrityError
 from rankup.folder import sha256_of, wanted_files
+from rankup.lineage import contributions_of
 from rankup.records import BlobRef, Manifest
-from rankup.refold import RoundSum, contributions_of, refold_group
+from rankup.refold import RoundSum, refold_group
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankup.records import FileEntry, Group, KeyRotation, Manifest, Patch, Retained, Revocation, Rollback, Term
-from rankup.routes import MAX_HOPS, Plan, Stock, plan_exports, plan_masters
+from rankup.roundroutes import plan_masters
+from rankup.routes import MAX_HOPS, Plan, Stock, plan_exports
 
 FULL = 1000
 NOTHING_GONE = Retained(model="m")

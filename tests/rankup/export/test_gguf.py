@@ -31,6 +31,9 @@ from rankup.export import ggufvocab, ggufwriter, newfile
 from rankup.export.ggufmodel import OutType, interleave_heads
 from rankup.export.ggufsource import open_folder
 from rankup.export.ggufwriter import GgufFile, write_gguf
+from rankup.folder import read_folder_state, write_folder_state
+from rankup.keychain import make_key_change
+from rankup.signing import generate_private_key, parse_private_key, public_key_hex
 from rankup.tensorfile import TensorFile
 
 NAMES: Mapping[str, str] = {
@@ -380,6 +383,21 @@ def test_a_folder_that_is_replaced_meanwhile_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="was replaced"):
         write_gguf(opened, tmp_path / "out" / "model.gguf")
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_version_that_an_earlier_key_signed_is_exported(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    old, new = (parse_private_key(generate_private_key()) for _ in range(2))
+    pull_model(tmp_path / "model", old)
+    change = make_key_change(old, public_key_hex(new), model="tiny", from_version=8)
+    state = read_folder_state(tmp_path / "model")
+    assert state is not None
+    pinned = {"publisher_key": public_key_hex(new), "keys": (change,)}
+    write_folder_state(tmp_path / "model", state.model_copy(update=pinned))
+    export(tmp_path / "model", tmp_path / "model.gguf")
+    write_folder_state(tmp_path / "model", state.model_copy(update=pinned | {"keys": ()}))
+    with pytest.raises(IntegrityError, match="publisher's key"):
+        export(tmp_path / "model", tmp_path / "other.gguf")
 
 
 def test_an_unfinished_pull_is_not_exported(tmp_path: Path) -> None:

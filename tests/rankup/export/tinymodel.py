@@ -13,7 +13,7 @@ import numpy as np
 from rankup.bfloat16 import to_bfloat16
 from rankup.folder import ENVELOPE_NAME, FolderState, write_folder_state
 from rankup.records import FileEntry, Group, Manifest, TensorEntry
-from rankup.signing import generate_private_key, parse_private_key, public_key_hex
+from rankup.signing import Ed25519PrivateKey, generate_private_key, parse_private_key, public_key_hex
 from rankup.tensorfile import write_tensor_file
 from rankup.versions import manifest_digest, seal
 
@@ -151,9 +151,9 @@ def make_model(
     return tensors
 
 
-def pull_model(folder: Path) -> Manifest:
+def pull_model(folder: Path, key: Ed25519PrivateKey | None = None) -> Manifest:
     """Turn the folder into one that a pull has finished in: version 7 of the model "tiny"."""
-    key = parse_private_key(generate_private_key())
+    key = key or parse_private_key(generate_private_key())
     entries, groups, files = {}, [], []
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()

@@ -1,7 +1,7 @@
 """Versions made again, group by group, from masters that are kept and the contributions of the rounds since then.
 
     plan_of     the shortest way (`rankup.lineage.ways`) whose files are there
-    remake      sum the rounds again; the files of the version are in the store then
+    sum_again   do it; the files of the version are in the store then
 
 What always holds:
 - every round is summed with its own coefficients and its own outer step, also one of which nothing is left: it still
@@ -32,9 +32,11 @@ from rankup.errors import IntegrityError, NotFoundError
 from rankup.foldrows import TILE_BYTES, Tile
 from rankup.lineage import Plan, kept_terms, lineages, ways
 from rankup.message import canonical_json
-from rankup.recipe import PLAIN_SUM, OuterStep, Recipe
+from rankup.recipe import OuterStep, Recipe
 from rankup.records import BlobRef, FoldedGroup, Manifest, Term
-from rankup.store import Store, blob_key
+from rankup.refold import law_of
+from rankup.routes import state_of
+from rankup.store import Store, has_blob
 from rankup.versions import fold_key
 
 Progress = Callable[[int, int], None]
@@ -79,7 +81,7 @@ def plan_of(store: Store, latest: Published, chain: Sequence[Manifest], version:
             continue
         start = version_behind(store, latest, chain, way.start, publisher_key=publisher_key)
         work = _work(chain, version, way, start)
-        gone = next((ref for ref in _needed(work) if not is_stored(store, ref)), None)
+        gone = next((ref for ref in _needed(work) if not has_blob(store, ref)), None)
         if gone is None:
             return work
         missing = missing or f"{gone.sha256[:16]}… of version {way.start} or of a round after it"
@@ -87,12 +89,6 @@ def plan_of(store: Store, latest: Published, chain: Sequence[Manifest], version:
         f"version {version} of {latest.manifest.model} cannot be made any more: {missing} is no longer kept",
         remedy="Roll back to a version whose files are kept.",
     )
-
-
-def is_stored(store: Store, ref: BlobRef) -> bool:
-    """The blob is there in its size."""
-    present = store.head(blob_key(ref.sha256))
-    return present is not None and present.size_bytes == ref.size_bytes
 
 
 def _work(chain: Sequence[Manifest], version: int, way: Plan, start: Manifest) -> Work:
@@ -103,7 +99,7 @@ def _work(chain: Sequence[Manifest], version: int, way: Plan, start: Manifest) -
 
 def _needed(work: Work) -> Iterable[BlobRef]:
     for group in work.start.groups:
-        yield from (ref for ref in (group.master, group.momentum) if ref is not None)
+        yield from state_of(group)
     for step in work.steps:
         yield from (BlobRef(sha256=term.contribution, size_bytes=term.size_bytes) for term in step.terms)
 
@@ -111,11 +107,11 @@ def _needed(work: Work) -> Iterable[BlobRef]:
 def _step(manifest: Manifest, revoked: frozenset[str]) -> Step:
     if manifest.round_id is None:
         raise IntegrityError(f"version {manifest.version} names no round")
-    outer = PLAIN_SUM if manifest.recipe is None else manifest.recipe.aggregation.outer
-    return Step(manifest.version, manifest.round_id, kept_terms(manifest, revoked), manifest.denominator_log2, outer)
+    law = law_of(manifest)
+    return Step(manifest.version, manifest.round_id, kept_terms(manifest, revoked), law.denominator_log2, law.outer)
 
 
-def remake(
+def sum_again(
     store: Store, work: Work, *, progress: Progress | None = None, parallel: int | None = None
 ) -> list[FoldedGroup]:
     """Every group of the version, without patches, its files in the store. `parallel`: groups at a time; None: by the
@@ -163,7 +159,7 @@ def _group(store: Store, work: Work, number: int, advance: Callable[[int], None]
         )
         made = folded.model_copy(update={"group": folded.group.model_copy(update={"patch": None})})
         advance(group.master.size_bytes)
-    if not is_stored(store, made.group.export):
+    if not has_blob(store, made.group.export):
         _export_again(store, made, number, len(start.groups))
     return made
 
