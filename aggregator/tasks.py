@@ -17,9 +17,9 @@ import os
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -35,6 +35,7 @@ from aggregator.fold import fold_digest, fold_group
 from aggregator.intake import admit
 from rankup.delta import DeltaReader
 from rankup.errors import FatalError, IntegrityError, NotFoundError, RankupError, UnreachableError
+from rankup.logs import configure_server
 from rankup.products import KERNELS
 from rankup.recipe import Recipe
 from rankup.records import (
@@ -65,6 +66,33 @@ Purpose = Literal["loss", "descent"]
 
 Retrain = Callable[[Store, RoundRecord, Submission, Path, Path], Path]
 """(store, record, submission, base folder, scratch folder): trains a shard again; the delta's path."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@lru_cache(maxsize=1)
+def _configure_logs() -> None:
+    configure_server("task")
+
+
+def _logged(function: Callable[P, R]) -> Callable[P, R]:
+    """A task whose log events carry the ids of the round and of the submission that it is given."""
+
+    @wraps(function)
+    def task(*args: P.args, **kwargs: P.kwargs) -> R:
+        _configure_logs()
+        ids: dict[str, str] = {}
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, RoundRecord):
+                ids["round_id"] = given.round_id
+            elif isinstance(given, Submission):
+                ids |= {"lease_id": given.statement.lease_id, "contribution": given.statement.sha256}
+        with structlog.contextvars.bound_contextvars(**ids):
+            return function(*args, **kwargs)
+
+    return task
 
 
 @lru_cache(maxsize=2)
@@ -102,6 +130,7 @@ def gpu_share() -> float:
 # -- admission ---------------------------------------------------------------------------------------------------------
 
 
+@_logged
 def _admit(
     store_wire: str,
     record: RoundRecord,
@@ -147,10 +176,12 @@ def _audit(
 # -- the cohort --------------------------------------------------------------------------------------------------------
 
 
+@_logged
 def _gram(store_wire: str, contributions: Sequence[BlobRef], names: Sequence[str]) -> NDArray[np.float64]:
     return bucket_gram(store_from_wire(store_wire), contributions, names)
 
 
+@_logged
 def _measure(
     store_wire: str,
     record: RoundRecord,
@@ -204,6 +235,7 @@ def _fetched(store: Store, contributions: Sequence[BlobRef], names: Sequence[str
 # -- fold and evaluation -----------------------------------------------------------------------------------------------
 
 
+@_logged
 def _fold_group(
     store_wire: str, parent: Manifest, record: RoundRecord, number: int, terms: Sequence[Term]
 ) -> FoldedGroup:
@@ -224,6 +256,7 @@ def _fold_group(
     )
 
 
+@_logged
 def _evaluate(
     store_wire: str, record: RoundRecord, manifest: Manifest, parent: Manifest, max_examples: int, folder: Path
 ) -> Evaluation:

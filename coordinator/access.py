@@ -2,6 +2,7 @@
 
 What always holds:
 - tokens are compared by their sha256 and in constant time; no token is ever logged, stored or echoed;
+- the token for metrics opens `/metrics` and nothing else;
 - no token, or one that nobody knows, is 401 (`UnauthenticatedError`); a known one in the wrong place is 403
   (`DeniedError`): a worker's token does not open an organiser's route, nor the other way round;
 - the ledger's client is made on the event loop that serves requests, at the first request that needs it, so the gateway
@@ -19,13 +20,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, ParamSpec, TypeVar
 
+import structlog
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
 from coordinator.blobs import Outgoing
 from coordinator.catalogue import Catalogue
+from coordinator.gauges import Gauges
 from coordinator.ledger import Ledger, Worker
+from coordinator.metrics import Tally
+from coordinator.reporter import Reporter
 from coordinator.spool import Spool
 from coordinator.tickets import TicketSigner
 from rankup.errors import DeniedError, UnauthenticatedError
@@ -64,6 +69,9 @@ class Desk:
         """Only where the gateway takes the uploads itself."""
         if deps.settings.transfer == "proxied":
             self.tickets = TicketSigner(deps.settings.organiser_token.get_secret_value())
+        self.tally = Tally()
+        self.reporter = Reporter(self.tally, self.ledger, role="gateway", clock=deps.clock)
+        self.gauges = Gauges(self.ledger, self.catalogue, clock=deps.clock)
         self._connect_ledger = deps.connect_ledger
         self._ledger: Ledger | None = None
         self._attempt: asyncio.Task[Ledger] | None = None
@@ -80,6 +88,7 @@ class Desk:
     async def _connect(self) -> Ledger:
         try:
             self._ledger = await self._connect_ledger()
+            self.reporter.start()
             return self._ledger
         finally:
             self._attempt = None
@@ -89,7 +98,8 @@ class Desk:
         return await run_in_threadpool(function, *args, **kwargs)
 
     async def close(self) -> None:
-        """Let go of the ledger's connections."""
+        """Report what was counted, and let go of the ledger's connections."""
+        await self.reporter.stop()
         ledger, self._ledger = self._ledger, None
         if ledger is not None:
             await ledger.close()
@@ -148,6 +158,7 @@ async def require_worker(desk: DeskOf, credentials: Credentials) -> Worker:
     worker = await (await desk.ledger()).worker_by_token(token_hash(token))
     if worker is None:
         raise UnauthenticatedError(_UNKNOWN)
+    structlog.contextvars.bind_contextvars(worker_id=worker.worker_id)
     return worker
 
 
@@ -165,6 +176,19 @@ async def require_organiser(desk: DeskOf, credentials: Credentials) -> None:
     if await (await desk.ledger()).worker_by_token(token_hash(token)) is not None:
         raise DeniedError("This is a worker's token; only the organiser may do this.", remedy=remedy)
     raise UnauthenticatedError(_UNKNOWN, remedy=remedy)
+
+
+async def require_scraper(desk: DeskOf, credentials: Credentials) -> None:
+    """Return if the organiser calls, or somebody with the token for metrics.
+
+    Raises:
+        UnauthenticatedError: no token, or an unknown one.
+        DeniedError: a worker's token.
+    """
+    kept = desk.settings.metrics_token.get_secret_value()
+    if kept and same_secret(_token(credentials), kept):
+        return
+    await require_organiser(desk, credentials)
 
 
 CallingWorker = Annotated[Worker, Depends(require_worker)]

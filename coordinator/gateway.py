@@ -1,12 +1,14 @@
 """The gateway: the HTTP application that is all a volunteer, an organiser's command or a reader can reach.
 
     layers.py          what sees every request first: size, request id, security headers, crashes
+    exchange.py        one request as it is counted and logged
     access.py          tokens
     routes_worker.py   enrol, claim, heartbeat, return, upload, submit
     routes_upload.py   deltas that come through the gateway; tickets.py, spool.py
     routes_round.py    look at rounds; open, close and cancel them
     routes_model.py    models, versions, blobs, datasets, health; blobs.py
     routes_page.py     the status page
+    routes_metrics.py  what Prometheus scrapes; metrics.py, gauges.py, reporter.py, ledger_counts.py
     problems.py        refusals
 
 What always holds: the application keeps no state but caches, so any number of replicas serve together and each may be
@@ -21,7 +23,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from coordinator import openapi, routes_model, routes_page, routes_round, routes_upload, routes_worker
+from coordinator import openapi, routes_metrics, routes_model, routes_page, routes_round, routes_upload, routes_worker
 from coordinator.access import Desk, GatewayDeps
 from coordinator.layers import BodyLimit, Envelope
 from coordinator.problems import install_handlers
@@ -50,10 +52,10 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     )
     app.state.desk = desk
     install_handlers(app)
-    for module in (routes_model, routes_worker, routes_upload, routes_round, routes_page):
+    for module in (routes_model, routes_worker, routes_upload, routes_round, routes_page, routes_metrics):
         app.include_router(module.router)
     openapi.install(app)
     # The last one added is the outermost: even a refusal of BodyLimit carries the request id and the headers.
     app.add_middleware(BodyLimit, max_bytes=deps.settings.max_body_bytes, streams=routes_upload.is_upload)
-    app.add_middleware(Envelope)
+    app.add_middleware(Envelope, tally=desk.tally)
     return app

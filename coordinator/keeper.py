@@ -26,7 +26,9 @@ import ray
 import structlog
 
 from coordinator.ledger import Ledger, RoundStatus
+from coordinator.metrics import Tally
 from coordinator.opening import open_round
+from coordinator.reporter import Reporter
 from coordinator.rounds import (
     Admit,
     Aggregate,
@@ -43,7 +45,9 @@ from coordinator.rounds import (
     Tick,
     owed,
 )
+from coordinator.stages import MeasuredAggregator
 from rankup.errors import ConflictError, NotFoundError, RankupError, RetryableError, StateError
+from rankup.logs import configure_server
 from rankup.message import canonical_json
 from rankup.protocol import Pointer
 from rankup.records import Evaluation, Manifest, Receipt, RoundRecord, Submission
@@ -55,6 +59,8 @@ from rankup.versions import MAX_ENVELOPE_BYTES, draft_key
 ACTOR_NAME = "rankup-keeper"
 MAX_BACKOFF_S = 60.0
 PARALLEL_ADMISSIONS = 4
+STOP_S = 10.0
+"""How long the command under way may take to finish when the server stops."""
 
 log = structlog.get_logger(__name__)
 
@@ -94,6 +100,7 @@ class Keeper:
         self._publisher_key = publisher_key
         self._clock = clock
         self._driving: dict[str, asyncio.Task[None]] = {}
+        self._stopping = False
         self._not_before: dict[str, float] = {}
 
     async def run(self, tick_s: float) -> None:
@@ -109,6 +116,8 @@ class Keeper:
 
     async def tick(self) -> None:
         """Start a driver for every round that needs one and has none."""
+        if self._stopping:
+            return
         for status in await self._ledger.unfinished():
             round_id = status.record.round_id
             if round_id in self._driving or self._clock() < self._not_before.get(round_id, 0.0):
@@ -120,6 +129,18 @@ class Keeper:
         while self._driving:
             await asyncio.gather(*self._driving.values())
 
+    async def stop(self, patience_s: float) -> bool:
+        """Begin no further command, and wait for those under way; whether they ended within `patience_s`.
+
+        What is still running then may be killed: it is done again by the next keeper.
+        """
+        self._stopping = True
+        driving = list(self._driving.values())
+        if not driving:
+            return True
+        _, running = await asyncio.wait(driving, timeout=patience_s)
+        return not running
+
     async def _drive(self, status: RoundStatus) -> None:
         round_id = status.record.round_id
         with structlog.contextvars.bound_contextvars(round_id=round_id):
@@ -129,6 +150,8 @@ class Keeper:
                 else:
                     status, commands = await self._ledger.apply(round_id, Tick(), self._clock())
                 for command in commands:
+                    if self._stopping:
+                        return
                     await self._carry_out(status, command)
                 self._not_before.pop(round_id, None)
             except Exception as exc:  # noqa: BLE001 - whatever fails, the round must stay able to finish
@@ -200,6 +223,8 @@ class Keeper:
 
         async def judge(submission: Submission) -> None:
             async with gate:
+                if self._stopping:
+                    return
                 trusted = await self._ledger.valid_in_a_row(submission.worker_id)
                 receipt = await self._aggregator.admit(record, submission, self._clock(), trusted)
                 lease = await self._ledger.judge(submission.statement.lease_id, receipt, self._clock())
@@ -241,12 +266,20 @@ class KeeperActor:
 
     async def __init__(self, store_wire: str, ledger_wire: str, settings_wire: str, aggregator: Aggregator) -> None:  # type: ignore[misc]
         # Ray awaits the constructor of an async actor, so that a restarted keeper starts its loop by itself.
+        configure_server("keeper")
         settings = CoordinatorSettings.from_wire(settings_wire)
         ledger = await Ledger.connect(LedgerSettings.from_wire(ledger_wire))
         store = open_store(StoreSettings.from_wire(store_wire))
         publisher_key = public_key_hex(load_private_key(settings.publisher_key_file))
-        keeper = Keeper(ledger, store, aggregator, publisher_key=publisher_key)
-        loop: Coroutine[Any, Any, None] = keeper.run(settings.tick_s)
+        tally = Tally()
+
+        async def the_ledger() -> Ledger:
+            return ledger
+
+        self._reporter = Reporter(tally, the_ledger, role="keeper", clock=time.time)
+        self._reporter.start()
+        self._keeper = Keeper(ledger, store, MeasuredAggregator(aggregator, tally), publisher_key=publisher_key)
+        loop: Coroutine[Any, Any, None] = self._keeper.run(settings.tick_s)
         self._loop = asyncio.create_task(loop)
 
     async def alive(self) -> bool:
@@ -254,6 +287,12 @@ class KeeperActor:
         if self._loop.done():
             self._loop.result()
         return not self._loop.done()
+
+    async def stop(self, patience_s: float) -> bool:
+        """As `Keeper.stop`; the last counts are reported."""
+        ended = await self._keeper.stop(patience_s)
+        await self._reporter.stop()
+        return ended
 
 
 def start_keeper(
@@ -273,6 +312,9 @@ def start_keeper(
 
 
 def stop_keeper() -> None:
-    """End the keeper; nothing happens when there is none."""
+    """End the keeper between two commands, or after `STOP_S`; nothing happens when there is none."""
     with contextlib.suppress(ValueError, RuntimeError):
-        ray.kill(ray.get_actor(ACTOR_NAME), no_restart=True)
+        actor = ray.get_actor(ACTOR_NAME)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(actor.stop.remote(STOP_S), timeout=STOP_S + 5.0)
+        ray.kill(actor, no_restart=True)

@@ -3,8 +3,8 @@
 What always holds:
 - a body is counted while it streams in, and nothing of one above the limit is parsed (`BodyLimit`), unless its route
   counts for itself;
-- every answer carries the request's id and the security headers, and an exception that nobody foresaw is logged with
-  that id and answered with 500 (`Envelope`).
+- every answer carries the request's id and the security headers, every request is counted and logged once with that id,
+  and an exception that nobody foresaw is logged with it and answered with 500 (`Envelope`).
 
 They know nothing of routes, tokens or messages.
 """
@@ -20,6 +20,8 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from coordinator.exchange import REQUEST_ID, Exchange
+from coordinator.metrics import Tally
 from coordinator.problems import from_error, printable, problem_response
 from rankup.errors import InputError, RankupError, TooLargeError
 
@@ -115,16 +117,22 @@ class BodyLimit:
 
 
 class Envelope:
-    """Outermost layer: a fresh id for the request's log lines, security headers, and 500 for what nobody foresaw."""
+    """Outermost layer: the request's id, its counts and log line, security headers, and 500 for what nobody foresaw.
 
-    def __init__(self, app: ASGIApp) -> None:
+    The id is the caller's `X-Request-Id` where that is a short plain word, so that a proxy in front and the caller find
+    the same line; otherwise a fresh one. It comes back as `X-Request-Id` and as `Rankup-Request-Id`.
+    """
+
+    def __init__(self, app: ASGIApp, *, tally: Tally | None = None) -> None:
         self._app = app
+        self._tally = tally if tally is not None else Tally()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = secrets.token_hex(8)
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -134,12 +142,15 @@ class Envelope:
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
+                headers["X-Request-Id"] = request_id
                 headers["Rankup-Request-Id"] = request_id
             await send(message)
 
+        exchange = Exchange(scope, receive, send_with_headers, self._tally)
+        broken = False
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
-                await self._app(scope, receive, send_with_headers)
+                await self._app(scope, exchange.receive, exchange.send)
             except Exception as exc:  # The last place that can turn a fault into an answer.
                 # As text: a renderer that prints local variables would print tokens.
                 log.error(
@@ -149,6 +160,7 @@ class Envelope:
                     trace="".join(traceback.format_exception(exc)),
                 )
                 if started:
+                    broken = True
                     raise
                 response = problem_response(
                     status=500,
@@ -157,4 +169,8 @@ class Envelope:
                     detail="The coordinator met a fault that it did not foresee; it is in its log.",
                     remedy=f"Try again once; if it stays, tell the organiser the request id {request_id}.",
                 )
-                await response(scope, receive, send_with_headers)
+                await response(scope, exchange.receive, exchange.send)
+            finally:
+                exchange.finish(broken=broken)
+                # Bound by whoever found out who calls; it must not stay with the next request of this task.
+                structlog.contextvars.unbind_contextvars("worker_id")

@@ -1,6 +1,6 @@
-"""What `/v1/openapi.json` says beyond what the routes say: refusals as problems, and an example of each body.
+"""What `/v1/openapi.json` says beyond what the routes say: refusals as problems, and examples of bodies and answers.
 
-The examples are real messages: every one of them is a valid model of `rankup.protocol`.
+The examples stand in `examples`: every one of them is a valid message of the protocol.
 """
 
 from __future__ import annotations
@@ -11,21 +11,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 import rankup
-from rankup.message import Message
+from coordinator.examples import ANSWERS, EXAMPLES, PROBLEM
 from rankup.problems import MEDIA_TYPE
-from rankup.protocol import (
-    DeviceProfile,
-    EnrolRequest,
-    EnrolStatement,
-    Heartbeat,
-    Problem,
-    ReturnRequest,
-    RoundRequest,
-    SubmitRequest,
-    SubmitStatement,
-    UploadRequest,
-)
-from rankup.recipe import Recipe
+from rankup.protocol import Problem
 
 _MEANING = {
     400: "The request is wrong in itself.",
@@ -43,41 +31,6 @@ _MEANING = {
 }
 _ALWAYS = (413, 422, 429, 503)
 _PROBLEM_REF = {"$ref": "#/components/schemas/Problem"}
-_KEY, _DIGEST, _SIGNATURE = "d7" * 32, "3b" * 32, "9c" * 64
-
-EXAMPLES: dict[str, Message] = {
-    "/v1/workers": EnrolRequest(
-        statement=EnrolStatement(
-            public_key=_KEY,
-            name="ada",
-            invite="spring-round",
-            device=DeviceProfile(kind="cuda", name="RTX 3060", memory_bytes=12 * 1024**3, threads=8),
-            issued_at=1_767_225_600.0,
-        ),
-        signature=_SIGNATURE,
-    ),
-    "/v1/leases/{lease_id}/heartbeat": Heartbeat(fence=3, step=12, loss=2.93, tokens_per_s=410.0),
-    "/v1/leases/{lease_id}/return": ReturnRequest(fence=3, reason="the machine is needed for a game"),
-    "/v1/leases/{lease_id}/upload": UploadRequest(fence=3, sha256=_DIGEST, size_bytes=4_915_200),
-    "/v1/leases/{lease_id}/submit": SubmitRequest(
-        statement=SubmitStatement(
-            round_id="tiny-r0001-9f3c2a",
-            lease_id="l-4f2a9c1b7d3e5f60",
-            fence=3,
-            base_manifest=_DIGEST,
-            sha256=_DIGEST,
-            size_bytes=4_915_200,
-            tokens=9_800,
-            steps=25,
-            first_loss=3.41,
-            last_loss=2.93,
-            seconds=61.5,
-        ),
-        signature=_SIGNATURE,
-    ),
-    "/v1/rounds": RoundRequest(model="tiny", dataset="pydocs", recipe=Recipe(rank=8, steps=25), shards=3, repeat=4),
-}
-"""Path of a POST -> a body for it."""
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -106,7 +59,20 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     )
     schemas = schema.setdefault("components", {}).setdefault("schemas", {})
     schemas["Problem"] = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas["Problem"]["examples"] = [PROBLEM.model_dump(mode="json", exclude_none=True)]
     for path, example in EXAMPLES.items():
         body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         body["example"] = example.model_dump(mode="json")
+    for methods in schema["paths"].values():
+        for operation in methods.values():
+            _show_answer(operation["responses"])
     return schema
+
+
+def _show_answer(responses: dict[str, Any]) -> None:
+    """Put the example of its model beside each good answer that has one."""
+    for status, response in responses.items():
+        content = response.get("content", {}).get("application/json", {})
+        model = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
+        if status.startswith("2") and model in ANSWERS:
+            content["example"] = ANSWERS[model]

@@ -17,6 +17,7 @@ from ray import serve
 
 from coordinator.gateway import GatewayDeps, create_app
 from coordinator.ledger import Ledger
+from rankup.logs import configure_server
 from rankup.settings import CoordinatorSettings, LedgerSettings, StoreSettings
 from rankup.signing import load_private_key, public_key_hex
 from rankup.store import open_store
@@ -64,6 +65,7 @@ def gateway_application(
     wires = (store.to_wire(), ledger.to_wire(), settings.to_wire(), publisher_key)
 
     def build() -> Any:
+        configure_server("gateway")
         return replica_app(*wires)
 
     deployment = serve.deployment(
@@ -94,5 +96,9 @@ def deploy_gateway(
 
 
 def remove_gateway() -> None:
-    """Stop the gateway's replicas; Serve goes on."""
+    """Drain and stop the gateway; Serve goes on. Nothing happens where there is none.
+
+    From the call on nobody is let in: `/v1/ready` and everything else answers 404 without a problem document, which
+    clients take for a gateway that is restarting. Requests under way have `GRACE_S` to finish.
+    """
     serve.delete(APPLICATION)

@@ -83,6 +83,8 @@ class CoordinatorSettings(RoomSettings):
     """Needed to enrol; empty: anybody may."""
     organiser_token: SecretStr = SecretStr("")
     """Bearer token of organiser calls; empty: there are none."""
+    metrics_token: SecretStr = SecretStr("")
+    """Bearer token that opens `/metrics` and nothing else; empty: only the organiser's does."""
     publisher_key_file: Path = Path("publisher.key")
     """Ed25519 private key, PEM, mode 600."""
     max_body_bytes: int = 64 * 1024
@@ -124,3 +126,8 @@ class WorkerSettings(RoomSettings):
     patience_s: float = 3600.0
     """How long an unreachable server is waited for before the agent gives up (finished deltas stay in the outbox)."""
     cache_bytes: int = 50 * 1024**3
+    """Most room for base versions; `disk_max_used_gb` of limits.yaml overrides it."""
+    checkpoint_every_s: float = Field(default=60.0, gt=0)
+    """How often a training is written to disk, so that a crash costs at most this much."""
+    dedicated: bool = False
+    """The machine does nothing else: work whether it runs on batteries or somebody uses it."""

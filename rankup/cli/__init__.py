@@ -23,6 +23,7 @@ from rankup.cli import (
     pull,
     rounds,
     serve,
+    server_doctor,
     sign,
     verify,
     versions,
@@ -60,6 +61,7 @@ def _options(
 
 
 serve.register(app)
+server_doctor.register(app)
 demo.register(app)
 versions.register(app)
 pull.register(app)

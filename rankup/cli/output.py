@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -18,21 +17,11 @@ _verbose = False
 
 def configure_logs(verbose: bool) -> None:
     """Log events go to stderr: warnings by default, everything with --verbose."""
-    import structlog
+    from rankup.logs import configure_command
 
     global _verbose
     _verbose = verbose
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )
+    configure_command(verbose)
 
 
 def exit_for(exc: Exception) -> int:
@@ -70,7 +59,7 @@ def exit_for(exc: Exception) -> int:
 def _extra_of(module: str) -> str | None:
     """The extra that brings a missing package; None for one that every installation must have."""
     match module.split(".")[0]:
-        case "ray" | "redis" | "fastapi" | "uvicorn" | "jinja2" | "starlette" | "pyarrow":
+        case "ray" | "redis" | "fastapi" | "uvicorn" | "jinja2" | "starlette" | "pyarrow" | "prometheus_client":
             return "coordinator"
         case "torch" | "transformers" | "peft" | "trl" | "datasets" | "gguf" | "psutil" | "accelerate" | "tokenizers":
             return "worker"

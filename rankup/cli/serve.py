@@ -26,8 +26,10 @@ def up(
     """
     from rankup.cli.interrupt import interruptible
     from rankup.cli.stack import Stack
+    from rankup.logs import configure_server
     from rankup.settings import CoordinatorSettings
 
+    configure_server("server")
     settings = CoordinatorSettings()
     chosen = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
     stack = Stack(

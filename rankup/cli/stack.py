@@ -123,13 +123,15 @@ class Stack:
 
         from aggregator.pipeline import Pipeline
         from coordinator.keeper import start_keeper, stop_keeper
-        from coordinator.serving import deploy_gateway
+        from coordinator.serving import deploy_gateway, remove_gateway
         from rankup.cli.retrain import retrain
 
         deploy_gateway(store, ledger, self.settings)
         self._undo.append(stop_keeper)
         pipeline = Pipeline(store, self.settings.publisher_key_file, self.settings, retrain)
         start_keeper(store, ledger, self.settings, pipeline)
+        # Stopped before the keeper: nobody is let in any more while the rest goes down.
+        self._undo.append(remove_gateway)
         self._say(f"gateway         {self.url}")
 
         self._undo.append(lambda: (self.home / SERVER_FILE).unlink(missing_ok=True))
@@ -137,6 +139,7 @@ class Stack:
             "url": local_url(self.settings.host, self.settings.port),
             "organiser_token": self.settings.organiser_token.get_secret_value(),
             "store": store.to_wire(),
+            "ledger": ledger.to_wire(),
             "ray_address": cluster.address,
             "ray_token_file": str(token_file(self.home)),
             "publisher_key_file": str(self.settings.publisher_key_file),

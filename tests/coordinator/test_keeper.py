@@ -360,3 +360,43 @@ def test_a_round_that_another_version_overtakes_is_folded_again_on_that_one(valk
         await ledger.close()
 
     asyncio.run(scenario())
+
+
+def test_a_keeper_that_is_stopped_ends_what_it_does_and_begins_nothing_else(valkey: ValkeyServer) -> None:
+    class Waiting(ToyAggregator):
+        def __init__(self, store: Store) -> None:
+            super().__init__(store)
+            self.begun, self.go_on = asyncio.Event(), asyncio.Event()
+
+        async def admit(self, record: RoundRecord, submission: Submission, now: float, valid_in_a_row: int) -> Receipt:
+            self.begun.set()
+            await self.go_on.wait()
+            return await super().admit(record, submission, now, valid_in_a_row)
+
+    async def scenario() -> None:
+        store = stocked_store()
+        ledger = await connect(valkey)
+        await enrol(ledger, "w-1")
+        request = RoundRequest(model="tiny", dataset="docs", shards=1, deadline_s=3600)
+        record = await open_round(ledger, store, request, index=0, previous=None, now=NOW)
+        aggregator = Waiting(store)
+        keeper = Keeper(ledger, store, aggregator, clock=lambda: NOW)
+        await volunteer(ledger, "w-1")
+        await keeper.tick()
+        await aggregator.begun.wait()
+        assert not await keeper.stop(0.05)
+        aggregator.go_on.set()
+        assert await keeper.stop(5.0)
+        for _ in range(3):
+            await keeper.tick()
+        assert await keeper.stop(5.0)
+        assert aggregator.calls == ["admit"]
+        assert (await ledger.round(record.round_id)).facts.counts.accepted == 1
+        following = Keeper(ledger, store, ToyAggregator(store), clock=lambda: NOW)
+        for _ in range(5):
+            await following.tick()
+            await following.settle()
+        assert (await ledger.round(record.round_id)).facts.state is RoundState.PUBLISHED
+        await ledger.close()
+
+    asyncio.run(scenario())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx2
 import pytest
-from gateway_world import INVITE, ORGANISER_TOKEN, SHARDS, World, add_dataset, make_manifest, publish, sha256
+from gateway_world import INVITE, ORGANISER_TOKEN, SHARDS, Volunteer, World, add_dataset, make_manifest, publish, sha256
 from pydantic import SecretStr
 
 from rankup.protocol import LeaseGrant
@@ -26,15 +29,23 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.stack
 
 
-@pytest.fixture
-def world(ray_cluster: Cluster, local_services: LocalServices, valkey: ValkeyServer, tmp_path: Path) -> Iterator[World]:
+@pytest.fixture(scope="module")
+def port(ray_cluster: Cluster) -> int:
+    """Where Serve listens; it is started once a cluster."""
     from coordinator.cluster import start_serve
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        free: int = probe.getsockname()[1]
+    start_serve("127.0.0.1", free)
+    return free
+
+
+@pytest.fixture
+def world(port: int, local_services: LocalServices, valkey: ValkeyServer, tmp_path: Path) -> Iterator[World]:
     from coordinator.serving import deploy_gateway, remove_gateway
 
     key_file = tmp_path / "publisher.key"
     save_private_key(key_file, generate_private_key())
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     settings = CoordinatorSettings(
         port=port,
         invite=SecretStr(INVITE),
@@ -44,7 +55,6 @@ def world(ray_cluster: Cluster, local_services: LocalServices, valkey: ValkeySer
     )
     store = open_store(local_services.store_settings)
     store.ensure_bucket()
-    start_serve("127.0.0.1", port)
     deploy_gateway(local_services.store_settings, valkey.ledger_settings, settings)
     with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
         yield World(http, store, settings, load_private_key(key_file), valkey.ledger_settings)
@@ -77,3 +87,29 @@ def test_a_round_goes_through_serve_valkey_and_s3(world: World) -> None:
     assert world.http.get("/v1/nothing").headers["content-type"] == "application/problem+json"
     assert "served" in world.http.get("/").text
     assert world.judge_all(opened.json()["round_id"]) == "open"
+    metrics = world.http.get("/metrics", headers=world.organiser).text
+    assert 'rankup_http_requests_total{method="POST",route="/v1/leases/{lease_id}/submit",status="2xx"} 1.0' in metrics
+    # Refused before anybody looked for its route.
+    assert 'rankup_http_requests_total{method="POST",route="unmatched",status="4xx"} 1.0' in metrics
+    assert world.http.get("/metrics").status_code == 401
+
+
+def test_a_gateway_that_is_taken_down_finishes_what_is_under_way_and_lets_nobody_in(world: World) -> None:
+    from coordinator.serving import remove_gateway
+
+    body = json.dumps(Volunteer().enrolment(time.time())).encode()
+
+    def slowly() -> Iterator[bytes]:
+        for start in range(0, len(body), len(body) // 5 + 1):
+            yield body[start : start + len(body) // 5 + 1]
+            time.sleep(0.3)
+
+    headers = {"Content-Type": "application/json"}
+    with ThreadPoolExecutor(1) as beside:
+        enrolling = beside.submit(world.http.post, "/v1/workers", content=slowly(), headers=headers)
+        time.sleep(0.5)
+        remove_gateway()
+        assert enrolling.result(30).status_code == 201
+    after = world.http.get("/v1/ready")
+    assert after.status_code == 404
+    assert after.headers["content-type"] != "application/problem+json"
