@@ -1,11 +1,14 @@
 """The worker's main loop: one machine, one server, one lease at a time, until it is told to stop.
 
+    settle   governor (limits, readings, orders), control socket, journal; what an earlier run left is looked through
     join     key and token from the home folder, or enrol; pin the publisher key; same protocol or no work at all
     deliver  whatever the outbox still holds from before, first
-    claim    ── nothing to do: ask for verdicts, wait as long as the server says, claim again
+    go on    with a training that an earlier run left a checkpoint of, if its lease is still of use
+    claim    ── paused: wait, without a lease
+             ── nothing to do: ask for verdicts, wait as long as the server says, claim again
     base     pull the exact version that the lease names into the cache, every hash checked against the pinned key
     shard    download, size and hash checked
-    train    child process; its steps go to the heartbeat and to the display
+    train    child process; its steps go to the heartbeat and to the display; pauses and retries (`worker.leasework`)
     keep     the finished delta goes into the outbox before anything else
     deliver  upload, submit; the verdict is asked for later, the next lease does not wait for it
 
@@ -16,7 +19,9 @@ What always holds (the protocol's invariants first):
   outbox, and the next run delivers it first;
 - training goes on while the server is away; waiting is jittered, told as `Waiting`, and ends after `patience_s`;
 - whatever ends a run, the trainer is gone when `run` returns, and an unfinished lease has been returned if the server
-  could be reached;
+  could be reached; where it was not returned, because of that or because the caller wants to go on with it, the
+  checkpoint is kept for the next run, and the server frees the lease when it runs out;
+- no lease is claimed while the governor holds the work up, and none is trained;
 - three leases in a row that fail here stop the worker: the machine has a trouble that more leases do not cure.
 
 No torch here, and no code from the server: JSON, safetensors and presigned URLs are all it takes.
@@ -25,21 +30,18 @@ No torch here, and no code from the server: JSON, safetensors and presigned URLs
 from __future__ import annotations
 
 import random
-import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import TypeVar
 
 from rankup import signing
 from rankup.errors import (
     DeniedError,
     DiskFullError,
-    IntegrityError,
+    FatalError,
     NotFoundError,
     RankupError,
     RetryableError,
@@ -47,47 +49,53 @@ from rankup.errors import (
     StateError,
     UnauthenticatedError,
 )
-from rankup.message import DisplayName
-from rankup.protocol import EnrolRequest, EnrolStatement, LeaseGrant, ReturnRequest, SubmitStatement
+from rankup.message import DisplayName, PublicKey
+from rankup.protocol import EnrolRequest, EnrolStatement, Heartbeat, LeaseGrant, ReturnRequest
 from rankup.settings import WorkerSettings
-from worker import cache, device, identity
+from rankup.sources import GatewaySource
+from worker import device, identity
 from worker.base import PullBase, pull_base
+from worker.checkpoint import checkpoint_progress
 from worker.client import GatewayClient, StopRequested
+from worker.control import ControlServer, Request, socket_path
 from worker.delivery import Delivery
 from worker.disk import full_disk_means_disk_full
 from worker.events import (
     Abandoned,
     Claimed,
-    Downloading,
     Enrolled,
+    Kept,
     NoWork,
+    Paused,
     Problem,
-    Starting,
-    Step,
+    Resumed,
     Summary,
     Waiting,
     WorkerEvent,
 )
+from worker.governor import Governor
 from worker.heart import Heart
-from worker.job import Finished, Job, Line, StepDone
-from worker.outbox import Outbox
+from worker.journal import Journal
+from worker.leasework import Lease, LeaseOverError, LeaseWork, PausedTooLongError, kept_grants, lease_folder
+from worker.leaves import public_reason
+from worker.outbox import Outbox, OutboxState
+from worker.publisher import key_follows
+from worker.readings import Machine, Sense
 from worker.retry import RetryPolicy
+from worker.status import Board, Status
 from worker.tally import Tally
-from worker.training import TRAINER_COMMAND, check_result, run_trainer
+from worker.traffic import Traffic
+from worker.training import TRAINER_COMMAND
 
-MAX_SHARD_BYTES = 256 * 1024**2
 MAX_FAILURES_IN_A_ROW = 3
-_KEPT_LOGS = 20
 _LAST_WORDS_TIMEOUT_S = 10.0
 _VERDICT_LOOK_S = 0.5
+_PAUSE_LOOK_S = 0.2
 _STOPPED = "the volunteer stopped the worker"
+_LEFT = "the volunteer left"
 
 
 T = TypeVar("T")
-
-
-class _LeaseOverError(Exception):
-    """The server wants no delta of this lease any more; carries its reason."""
 
 
 def run(
@@ -101,26 +109,65 @@ def run(
     report: Callable[[WorkerEvent], None],
     trainer_command: Sequence[str] = TRAINER_COMMAND,
     pull: PullBase = pull_base,
+    sense: Sense | None = None,
+    keep_lease: Callable[[], bool] = lambda: False,
     verdict_wait_s: float = 60.0,
 ) -> Summary:
     """Work for the server at `url` until `stop` is set, Ctrl-C, or `max_leases` leases are done.
 
     `name`: how the leaderboard shows this machine (default: the one of the last time, or made up from its key). With
-    `max_leases` the last verdicts are waited for, at most `verdict_wait_s`. `report` may be called from two threads,
-    never at the same time.
+    `max_leases` the last verdicts are waited for, at most `verdict_wait_s`. `report` may be called from several
+    threads, never at the same time. `sense` reads the machine for the limits (default: this machine).
+    `keep_lease`, asked when a stop comes in the middle of a training: whether the lease stays ours, for the next run to
+    go on, instead of going back.
 
     Raises `UnreachableError` (no answer for `patience_s`; the outbox keeps what is done), `DeniedError` (wrong invite),
     `SetupError` (this machine or its version cannot work here), `IntegrityError` (publisher key changed),
     `DiskFullError`, and the error of the third failed lease in a row.
     """
     server = identity.normalise_url(url)
-    tally = Tally(report)
     try:
         with ExitStack() as stack, full_disk_means_disk_full(settings.home):
             folder = identity.open_folder(settings.home, server)
             stack.enter_context(folder.lock())
+            board = Board(server, Journal(folder.root, report))
+            tally = Tally(board)
             outbox = stack.enter_context(Outbox(folder.outbox))
-            agent = _Agent(server, invite, name, settings, stop, tally, folder, outbox, trainer_command, pull)
+            traffic = Traffic(settings.home, stop)
+            graphics = device.profile(settings.device).kind != "cpu"
+            governor = stack.enter_context(
+                Governor(
+                    settings.home,
+                    traffic,
+                    sense or Machine(device.gpu_number(settings.device)),
+                    tally,
+                    gpu=graphics,
+                    dedicated=settings.dedicated,
+                )
+            )
+            control = ControlServer(
+                socket_path(settings.home, server),
+                lambda request: _obey(request, stop, governor, lambda: board.status(governor, outbox, traffic)),
+            )
+            try:
+                stack.enter_context(control)
+            except SetupError as exc:
+                tally(Problem(exc))  # the work is worth more than being asked about it
+            agent = _Agent(
+                server,
+                invite,
+                name,
+                settings,
+                stop,
+                tally,
+                folder,
+                outbox,
+                governor,
+                traffic,
+                trainer_command,
+                pull,
+                keep_lease,
+            )
             stack.callback(agent.close)
             try:
                 agent.work(max_leases)
@@ -135,13 +182,19 @@ def run(
         ) from exc
 
 
-@dataclass(frozen=True)
-class _Lease:
-    """One granted lease and its place on this machine."""
-
-    grant: LeaseGrant
-    folder: Path
-    log_file: Path
+def _obey(request: Request, stop: threading.Event, governor: Governor, status: Callable[[], Status]) -> Status:
+    """Carry out an order from the control socket."""
+    match request.order:
+        case "pause":
+            governor.pause(request.seconds)
+        case "resume":
+            governor.resume()
+        case "finish":
+            governor.finish()
+        case "leave":
+            governor.leaving = True
+            stop.set()
+    return status()
 
 
 class _Agent:
@@ -157,8 +210,11 @@ class _Agent:
         tally: Tally,
         folder: identity.ServerFolder,
         outbox: Outbox,
+        governor: Governor,
+        traffic: Traffic,
         trainer_command: Sequence[str],
         pull: PullBase,
+        keep_lease: Callable[[], bool],
     ) -> None:
         self._server = server
         self._invite = invite
@@ -168,8 +224,8 @@ class _Agent:
         self._report = tally
         self._folder = folder
         self._outbox = outbox
-        self._trainer_command = trainer_command
-        self._pull = pull
+        self._governor = governor
+        self._keep_lease = keep_lease
         self._failures = 0
         self._key = identity.load_or_create_key(folder)
         self._pinned = identity.load_identity(folder)
@@ -180,6 +236,7 @@ class _Agent:
             timeout_s=settings.timeout_s,
             policy=RetryPolicy(settings.patience_s),
             stop=stop,
+            meter=traffic,
             on_waiting=lambda error, pause_s: self._report(Waiting(error.cause, pause_s)),
         )
         # Not bound to `stop`: it says the last words about a lease after the user has asked to stop.
@@ -190,8 +247,18 @@ class _Agent:
             policy=RetryPolicy(patience_s=0.0),
         )
         self._delivery = Delivery(outbox, self._key, patient=self._patient, steady=self._steady, report=tally)
-        shutil.rmtree(folder.jobs, ignore_errors=True)
-        folder.jobs.mkdir()
+        self._leases = LeaseWork(
+            server,
+            settings,
+            outbox=outbox,
+            client=self._patient,
+            governor=governor,
+            traffic=traffic,
+            stop=stop,
+            report=tally,
+            trainer_command=trainer_command,
+            pull=pull,
+        )
 
     def close(self) -> None:
         self._patient.close()
@@ -200,21 +267,53 @@ class _Agent:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def work(self, max_leases: int | None) -> None:
-        """Join, then deliver and claim in turn until `max_leases` are done. Ends with `StopRequested` on stop."""
+        """Join, then deliver and claim in turn until `max_leases` are done, or the owner wants no more after this one.
+
+        Ends with `StopRequested` on stop.
+        """
         self._join()
         leases = 0
+        kept = kept_grants(self._folder)
         while True:
-            self._with_token(self._delivery.deliver)
-            self._delivery.ask_verdicts()
-            if max_leases is not None and leases >= max_leases:
+            self._deliver()
+            if (max_leases is not None and leases >= max_leases) or self._governor.finishing:
                 return
+            if kept:
+                leases += self._go_on_with(kept.pop(0))
+                continue
+            held = self._governor.hold() or self._governor.transfer_hold()
+            if held is not None:
+                self._sit_out(held)
+                continue
             answer = self._with_token(self._patient.claim)
             if answer.lease is None:
                 self._report(NoWork(answer.reason, answer.retry_after_s))
-                self._wait(answer.retry_after_s * random.uniform(1.0, 1.25))  # noqa: S311 - jitter, not a secret
+                self._rest(answer.retry_after_s * random.uniform(1.0, 1.25))  # noqa: S311 - jitter, not a secret
                 continue
             leases += 1
             self._work_on(answer.lease)
+
+    def _deliver(self) -> None:
+        """Upload and submit what is ready, if anything may be uploaded now, and ask for verdicts."""
+        if self._governor.transfer_hold() is None:
+            self._with_token(self._delivery.deliver)
+        self._delivery.ask_verdicts()
+
+    def _sit_out(self, reason: str) -> None:
+        """Return when a lease may be claimed, or a finished delta may be delivered, or the owner wants no more."""
+        self._report(Paused(reason))
+        while not self._governor.finishing:
+            transfer_held = self._governor.transfer_hold() is not None
+            if not transfer_held and (self._governor.hold() is None or self._outbox.items(OutboxState.READY)):
+                break
+            self._wait(_PAUSE_LOOK_S)
+        self._report(Resumed())
+
+    def _rest(self, seconds: float) -> None:
+        """Wait, but no longer than until the owner wants no more."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._governor.finishing:
+            self._wait(min(left, _PAUSE_LOOK_S))
 
     def await_verdicts(self, seconds: float) -> None:
         """Ask for the verdicts that are still to come, for at most `seconds`."""
@@ -231,12 +330,21 @@ class _Agent:
 
     def _join(self) -> None:
         info = self._patient.info()
-        identity.check_publisher(self._pinned, info.publisher_key)
+        self._require_publisher(info.publisher_key, info.models)
         known = self._pinned
         if known is None or (self._name is not None and self._name != known.name):
             self._enrol()
         else:
             self._report(Enrolled(known.worker_id, known.name, self._server, new=False))
+
+    def _require_publisher(self, shown: PublicKey, models: Sequence[str]) -> None:
+        """Follow a change of the publisher's key that the pinned one has signed; raise IntegrityError for any other."""
+        pinned = self._pinned
+        if pinned is not None and pinned.publisher_key != shown:
+            with GatewaySource(self._server) as source:
+                if key_follows(source, models, pinned=pinned.publisher_key, shown=shown):
+                    self._pinned = identity.pin(self._folder, pinned, shown)
+        identity.check_publisher(self._pinned, shown)
 
     def _enrol(self) -> identity.Identity:
         public_key = signing.public_key_hex(self._key)
@@ -250,7 +358,8 @@ class _Agent:
         )
         signature = signing.sign(self._key, "enrol", statement)
         answer = self._patient.enrol(EnrolRequest(statement=statement, signature=signature))
-        identity.check_publisher(self._pinned, answer.publisher_key)
+        if self._pinned is not None and self._pinned.publisher_key != answer.publisher_key:
+            self._require_publisher(answer.publisher_key, self._patient.info().models)
         self._pinned = identity.save_identity(self._folder, self._server, statement.name, answer)
         for client in (self._patient, self._steady):
             client.use_token(answer.token)
@@ -267,20 +376,41 @@ class _Agent:
 
     # -- one lease ---------------------------------------------------------------------------------------------------
 
+    def _go_on_with(self, grant: LeaseGrant) -> bool:
+        """Finish a lease that an earlier run left a checkpoint of; False when it is of no use any more."""
+        step, _ = checkpoint_progress(self._folder.jobs / grant.lease_id / "checkpoint")
+        beat = Heartbeat(fence=grant.fence, step=step)
+        try:
+            answer = self._with_token(lambda: self._patient.heartbeat(grant.lease_id, beat))
+            useful, reason = answer.go_on, answer.reason
+        except FatalError as exc:
+            useful, reason = False, exc.cause
+        if useful:
+            self._work_on(grant)
+        else:
+            with lease_folder(self._folder, grant):
+                self._report(Abandoned(grant.lease_id, reason, returned=False))
+        return useful
+
     def _work_on(self, grant: LeaseGrant) -> None:
         """Train and deliver one lease, or end it; raises only what ends the run."""
+        if self._pinned is None:
+            raise SetupError("the worker has not enrolled")
         self._report(
             Claimed(grant.lease_id, grant.round_id, grant.model, grant.base_version, grant.shard, grant.recipe.steps)
         )
         with (
-            self._job_folder(grant) as lease,
+            lease_folder(self._folder, grant) as lease,
             Heart(self._steady, grant, self._report, self._delivery.ask_verdicts) as heart,
         ):
             try:
                 with full_disk_means_disk_full(self._settings.home):
-                    self._train(lease, heart)
-            except _LeaseOverError as exc:
+                    self._leases.train(lease, heart, self._pinned.publisher_key)
+            except LeaseOverError as exc:
                 self._report(Abandoned(grant.lease_id, str(exc), returned=False))
+                return
+            except PausedTooLongError as exc:
+                self._give_back(grant, str(exc))
                 return
             except (DiskFullError, SetupError, RetryableError) as exc:
                 self._give_back(grant, exc.cause)
@@ -290,11 +420,26 @@ class _Agent:
                 self._report(Problem(exc))
                 self._count_failure(exc)
                 return
+            except (StopRequested, KeyboardInterrupt):
+                self._keep_or_give_back(lease)
+                raise
             except BaseException:
                 self._give_back(grant, _STOPPED)
                 raise
             self._failures = 0
-            self._with_token(self._delivery.deliver)
+            self._deliver()
+
+    def _keep_or_give_back(self, lease: Lease) -> None:
+        """The worker ends in the middle of a lease. What was trained is kept as long as the lease may still be ours."""
+        step, _ = checkpoint_progress(lease.checkpoint_file)
+        wanted = step > 0 and not self._governor.leaving
+        if wanted and self._keep_lease():
+            lease.kept = True
+        else:
+            returned = self._give_back(lease.grant, _LEFT if self._governor.leaving else _STOPPED)
+            lease.kept = wanted and not returned
+        if lease.kept:
+            self._report(Kept(lease.grant.lease_id, step, lease.grant.recipe.steps))
 
     def _count_failure(self, error: RankupError) -> None:
         """Go on after a failed lease, ever more slowly; raise after the third in a row that failed on this machine."""
@@ -307,119 +452,11 @@ class _Agent:
             ) from error
         self._wait(min(30.0, 0.25 * 2.0**self._failures) * random.random())  # noqa: S311 - jitter, not a secret
 
-    def _train(self, lease: _Lease, heart: Heart) -> None:
-        """From the grant to a delta in the outbox."""
-        grant = lease.grant
-        job = Job(
-            round_id=grant.round_id,
-            lease_id=grant.lease_id,
-            fence=grant.fence,
-            model=grant.model,
-            base_manifest=grant.base_manifest,
-            base_folder=self._base(grant, heart),
-            shard_file=lease.folder / "shard.jsonl",
-            delta_file=lease.folder / "finished.delta",
-            recipe=grant.recipe,
-            seed=grant.seed,
-            targets=grant.targets,
-            device=self._settings.device,
-            threads=device.usable_threads(self._settings.threads),
-        )
-        self._patient.download(
-            grant.shard_link,
-            job.shard_file,
-            max_bytes=MAX_SHARD_BYTES,
-            progress=lambda done, total: self._downloading("shard", done, total, heart),
-        )
-        self._check_wanted(heart)
-        self._report(Starting(grant.lease_id))
-        result = run_trainer(
-            job,
-            lease.folder / "job.json",
-            lease.log_file,
-            command=self._trainer_command,
-            on_line=lambda line: self._on_line(line, heart),
-            stop_reason=lambda: _STOPPED if self._stop.is_set() else heart.abandon,
-        )
-        if result is None:
-            self._check_wanted(heart)
-            raise _LeaseOverError("the trainer was stopped")
-        check_result(job, result, max_bytes=grant.max_delta_bytes)
-        self._outbox.put(result.path, _statement(job, result))
-
-    def _base(self, grant: LeaseGrant, heart: Heart) -> Path:
-        """The folder of the lease's base version, pulled when it is not in the cache, with room made before."""
-        if self._pinned is None:
-            raise SetupError("the worker has not enrolled")
-        pinned = self._pinned
-        store = self._settings.home / "cache"
-        folder = cache.version_folder(store, grant.base_manifest)
-        folder.mkdir(parents=True, exist_ok=True)
-        cache.mark_used(folder)
-        cache.make_room(store, self._settings.cache_bytes, keep=folder)
-        digest = self._patient.patiently(
-            lambda: self._pull(
-                self._server,
-                grant.model,
-                grant.base_version,
-                folder,
-                publisher_key=pinned.publisher_key,
-                progress=lambda done, total: self._downloading("base", done, total, heart),
-            )
-        )
-        if digest != grant.base_manifest:
-            raise IntegrityError(f"version {grant.base_version} is {digest[:16]}…, not {grant.base_manifest[:16]}…")
-        cache.mark_used(folder)
-        cache.make_room(store, self._settings.cache_bytes, keep=folder)
-        return folder
-
-    def _downloading(self, what: str, done: int, total: int, heart: Heart) -> None:
-        self._check_wanted(heart)
-        self._report(Downloading(what, done, total))
-
-    def _check_wanted(self, heart: Heart) -> None:
-        if self._stop.is_set():
-            raise StopRequested
-        if heart.abandon is not None:
-            raise _LeaseOverError(heart.abandon)
-
-    def _on_line(self, line: Line, heart: Heart) -> None:
-        if isinstance(line, StepDone):
-            heart.note(line.step, line.loss, line.tokens_per_s)
-            self._report(Step(line.step, line.steps, line.loss, line.tokens_per_s))
-
-    def _give_back(self, grant: LeaseGrant, reason: str) -> None:
-        """Return the lease; a server that does not take it back lets it run out."""
+    def _give_back(self, grant: LeaseGrant, reason: str) -> bool:
+        """Return the lease, and whether that worked; a server that does not take it back lets it run out."""
         returned = False
         with suppress(RankupError):
-            self._steady.give_back(grant.lease_id, ReturnRequest(fence=grant.fence, reason=reason[:512]))
+            self._steady.give_back(grant.lease_id, ReturnRequest(fence=grant.fence, reason=public_reason(reason)))
             returned = True
         self._report(Abandoned(grant.lease_id, reason, returned=returned))
-
-    @contextmanager
-    def _job_folder(self, grant: LeaseGrant) -> Iterator[_Lease]:
-        """A folder for the lease, removed afterwards, and its log, of which the last `_KEPT_LOGS` stay."""
-        folder = self._folder.jobs / grant.lease_id
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in sorted(self._folder.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)[: 1 - _KEPT_LOGS]:
-            old.unlink()
-        try:
-            yield _Lease(grant, folder, self._folder.logs / f"{grant.lease_id}.log")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _statement(job: Job, result: Finished) -> SubmitStatement:
-    return SubmitStatement(
-        round_id=job.round_id,
-        lease_id=job.lease_id,
-        fence=job.fence,
-        base_manifest=job.base_manifest,
-        sha256=result.sha256,
-        size_bytes=result.size_bytes,
-        tokens=result.tokens,
-        steps=result.steps,
-        first_loss=result.first_loss,
-        last_loss=result.last_loss,
-        seconds=result.seconds,
-    )
+        return returned

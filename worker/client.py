@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -58,7 +58,7 @@ from worker.disk import full_disk_means_disk_full
 from worker.retry import RetryPolicy
 
 MAX_ANSWER_BYTES = 16 * 1024**2
-_CHUNK_BYTES = 1024**2
+_CHUNK_BYTES = 256 * 1024
 _MAX_REFUSALS = 4
 """4xx answers of the object store to one transfer before it counts as refused."""
 _ONCE = RetryPolicy(patience_s=0.0)
@@ -69,6 +69,24 @@ Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
+
+
+class Meter(Protocol):
+    """Is told of every byte of a body, and may wait before it returns."""
+
+    def sent(self, count: int) -> None: ...
+
+    def received(self, count: int) -> None: ...
+
+
+class _NoMeter:
+    """The default: counts nothing, never waits."""
+
+    def sent(self, count: int) -> None:
+        """Nothing to do."""
+
+    def received(self, count: int) -> None:
+        """Nothing to do."""
 
 
 class StopRequested(Exception):
@@ -90,7 +108,7 @@ class GatewayClient:
     """Calls to one gateway. Its methods may be used from several threads.
 
     `on_waiting` is told before each pause. `stop` ends every wait with `StopRequested`. `timeout_s` bounds the
-    connection and each read or write, not a whole transfer.
+    connection and each read or write, not a whole transfer. `meter` counts bytes and slows them down.
     """
 
     def __init__(
@@ -101,6 +119,7 @@ class GatewayClient:
         timeout_s: float = 30.0,
         policy: RetryPolicy,
         stop: threading.Event | None = None,
+        meter: Meter | None = None,
         on_waiting: Callable[[RetryableError, float], None] = _ignore_waiting,
         draw: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.monotonic,
@@ -109,6 +128,7 @@ class GatewayClient:
         self._token = token
         self._policy = policy
         self._stop = stop or threading.Event()
+        self._meter = meter or _NoMeter()
         self._on_waiting = on_waiting
         self._draw = draw
         self._clock = clock
@@ -211,6 +231,7 @@ class GatewayClient:
                         raise IntegrityError(f"{to.name} is longer than the announced {link.size_bytes} bytes")
                     digest.update(chunk)
                     file.write(chunk)
+                    self._meter.received(len(chunk))
                     progress(done, link.size_bytes)
                 file.flush()
                 os.fsync(file.fileno())
@@ -240,6 +261,7 @@ class GatewayClient:
                 while chunk := file.read(_CHUNK_BYTES):
                     self._check_stop()
                     yield chunk
+                    self._meter.sent(len(chunk))
                     done += len(chunk)
                     progress(done, size)
 
@@ -282,6 +304,7 @@ class GatewayClient:
         content = body.model_dump_json().encode() if body is not None else (b"{}" if method == "POST" else None)
         if content is not None:
             headers["Content-Type"] = "application/json"
+            self._meter.sent(len(content))
         try:
             with self._gateway.stream(method, path, content=content, headers=headers) as response:
                 content_in = bytearray()
@@ -289,6 +312,7 @@ class GatewayClient:
                     content_in += chunk
                     if len(content_in) > MAX_ANSWER_BYTES:
                         raise FatalError(f"an answer above {MAX_ANSWER_BYTES} bytes", remedy="Check the address.")
+                self._meter.received(len(content_in))
                 return _Reply(response.status_code, response.headers, bytes(content_in))
         except httpx2.HTTPError as exc:
             raise _unreachable(exc, self._url) from exc

@@ -19,6 +19,7 @@ from rankup.errors import FatalError, NotFoundError, RankupError, RetryableError
 from rankup.protocol import LeaseState, ReturnRequest, SubmitRequest, UploadRequest
 from worker.client import GatewayClient
 from worker.events import Dropped, Submitted, Uploading, Verdict, WorkerEvent
+from worker.leaves import public_reason
 from worker.outbox import Outbox, OutboxItem, OutboxState
 from worker.retry import RetryPolicy
 
@@ -84,7 +85,7 @@ class Delivery:
         self._outbox.move(item.lease_id, OutboxState.DROPPED, error.cause)
         # The shard may still be leased to us; while it is, the server would only hand out the same lease again.
         with suppress(RankupError):
-            request = ReturnRequest(fence=item.statement.fence, reason=error.cause[:512])
+            request = ReturnRequest(fence=item.statement.fence, reason=public_reason(error.cause))
             self._steady.give_back(item.lease_id, request)
         self._report(Dropped(item.lease_id, f"{error.cause} {error.remedy}"))
 

@@ -29,8 +29,7 @@ def profile(device: str = "auto", threads: int = 0) -> DeviceProfile:
     `memory_bytes` is the GPU's memory for cuda and the machine's RAM otherwise.
     """
     if device == "auto" or device.startswith("cuda"):
-        number = device.partition(":")[2]
-        gpu = _nvidia(int(number) if number.isdecimal() else 0)
+        gpu = _nvidia(gpu_number(device))
         if gpu is not None:
             return DeviceProfile(kind="cuda", name=gpu[0], memory_bytes=gpu[1], threads=usable_threads(threads))
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
@@ -43,6 +42,12 @@ def profile(device: str = "auto", threads: int = 0) -> DeviceProfile:
     return DeviceProfile(
         kind="cpu", name=processor_name(), memory_bytes=total_memory(), threads=usable_threads(threads)
     )
+
+
+def gpu_number(device: str) -> int:
+    """The number of the card that `device` means: 1 for "cuda:1", 0 where none is named."""
+    number = device.partition(":")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def total_memory() -> int:

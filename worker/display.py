@@ -28,8 +28,12 @@ from worker.events import (
     Downloading,
     Dropped,
     Enrolled,
+    Kept,
     NoWork,
+    Paused,
     Problem,
+    Resumed,
+    Retrying,
     Starting,
     Step,
     Submitted,
@@ -93,6 +97,20 @@ def describe(event: WorkerEvent) -> str:
             return "Loading the model"
         case Step():
             return f"Step {event.step} of {event.steps}: loss {event.loss:.3f}, {event.tokens_per_s:.0f} tokens/s"
+        case Paused():
+            return f"Paused: {event.reason}"
+        case Resumed():
+            return "Going on"
+        case Retrying():
+            return (
+                f"The trainer failed, starting it again at step {event.step} with {event.micro_batch} examples at a "
+                f"time: {event.reason}"
+            )
+        case Kept():
+            return (
+                f"Kept step {event.step} of {event.steps}: the next start goes on from there, if the lease is still "
+                "valid then"
+            )
         case Uploading():
             return f"Uploading the delta: {_amount(event.done)} of {_amount(event.total)}"
         case Submitted():
@@ -122,18 +140,25 @@ def _amount(size_bytes: int) -> str:
 
 
 class PlainDisplay:
-    """One line an event; of steps and transfers only the first, the last and one every few seconds."""
+    """One line an event; of steps and transfers only the first, the last and one every `quiet_s` seconds."""
 
-    def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        write: Callable[[str], object],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        quiet_s: float = _QUIET_S,
+    ) -> None:
         self._write = write
         self._clock = clock
+        self._quiet_s = quiet_s
         self._last: tuple[type[WorkerEvent], float] | None = None
 
     def __call__(self, event: WorkerEvent) -> None:
         now = self._clock()
         if isinstance(event, Step | Downloading | Uploading | Waiting | NoWork) and self._last is not None:
             kind, then = self._last
-            if kind is type(event) and now - then < _QUIET_S and not _is_last(event):
+            if kind is type(event) and now - then < self._quiet_s and not _is_last(event):
                 return
         self._last = (type(event), now)
         self._write(describe(event))
@@ -182,14 +207,14 @@ class LiveDisplay:
                 self._accepted += event.accepted
                 self._rejected += not event.accepted
                 self._lasting(words, "green" if event.accepted else "red")
-            case Problem() | Dropped():
+            case Problem() | Dropped() | Retrying():
                 self._lasting(words, "red")
-            case Abandoned():
+            case Abandoned() | Paused() | Kept():
                 self._lasting(words, "yellow")
             case Enrolled() | Claimed():
                 self._numbers = ""
                 self._lasting(words, "bold")
-            case NoWork() | Waiting() | Starting():
+            case NoWork() | Waiting() | Starting() | Resumed():
                 self._bar = None
 
     def __rich__(self) -> Group:

@@ -67,6 +67,40 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """Nothing is trained for now; `lease_id` is that of a training that waits, empty where there is none."""
+
+    reason: str
+    lease_id: str = ""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What held the work up is gone."""
+
+    lease_id: str = ""
+
+
+@dataclass(frozen=True)
+class Retrying:
+    """The trainer failed and is started again, from its checkpoint, with `micro_batch` examples at a time."""
+
+    lease_id: str
+    reason: str
+    step: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The worker ends in the middle of a training: its checkpoint and its lease are kept for the next start."""
+
+    lease_id: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Uploading:
     """Bytes of a delta on their way to object storage."""
 
@@ -132,6 +166,10 @@ WorkerEvent = (
     | Downloading
     | Starting
     | Step
+    | Paused
+    | Resumed
+    | Retrying
+    | Kept
     | Uploading
     | Submitted
     | Verdict

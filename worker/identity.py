@@ -150,5 +150,16 @@ def save_identity(folder: ServerFolder, server: str, name: str, answer: Enrolled
         token=answer.token,
         publisher_key=answer.publisher_key,
     )
-    write_file(folder.identity_file, identity.model_dump_json(indent=2).encode())
+    _write(folder, identity)
     return identity
+
+
+def pin(folder: ServerFolder, identity: Identity, publisher_key: PublicKey) -> Identity:
+    """The identity with another publisher's key, stored; the caller has seen that the pinned key leads to it."""
+    pinned = identity.model_copy(update={"publisher_key": publisher_key})
+    _write(folder, pinned)
+    return pinned
+
+
+def _write(folder: ServerFolder, identity: Identity) -> None:
+    write_file(folder.identity_file, identity.model_dump_json(indent=2).encode())

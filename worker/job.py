@@ -1,4 +1,5 @@
-"""What the agent and its trainer say to each other: one job file in, JSON lines out, one exit code at the end.
+"""What the agent and its trainer say to each other: one job file in, JSON lines out, one exit code at the end, and on
+the way two orders in: pause, and how much of the time to compute.
 
 What always holds: both sides parse with the same frozen models, unknown fields are refused, and the trainer's standard
 output carries nothing but these lines (libraries that print are sent to the log). The agent decides from the exit code
@@ -7,9 +8,10 @@ what happened; the `Failed` line adds the words for the volunteer. Nothing here 
 
 from __future__ import annotations
 
+import hashlib
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -28,8 +30,12 @@ class TrainerExit(IntEnum):
     """The shard or the base does not fit the job: training again gives the same answer."""
     NOT_FINITE = 65
     """The loss or a factor became NaN or infinite."""
+    DEVICE_FAILED = 70
+    """The device or its driver reported an error that is none of the training's."""
     OUT_OF_MEMORY = 71
     DISK_FULL = 74
+    PAUSED = 75
+    """Ended because it was asked to; what was trained so far is in the checkpoint."""
     MISSING_EXTRA = 78
     """torch, transformers, peft, trl or datasets cannot be imported, or the asked device is not there."""
 
@@ -53,14 +59,38 @@ class Job(Message):
     targets: dict[TensorName, Target]
     device: str = "auto"
     threads: Annotated[int, Field(ge=1)] = 1
+    checkpoint_file: Path | None = None
+    """Where to go on from, if it is there, and what a pause writes; None: the training cannot be paused."""
+    checkpoint_every_s: Annotated[Finite, Field(gt=0)] = 60.0
+    """A crash loses at most this much computing, and the step it happens in."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """Examples that are in memory at a time; None: the whole batch. A batch is the recipe's in any case."""
+    nice: Annotated[int, Field(ge=0, le=19)] = 0
+    """Added to the process's niceness."""
+    share_percent: Annotated[int, Field(ge=1, le=100)] = 100
+    """Of the time that a step takes until the next one ends, what is spent computing."""
+
+    def training_digest(self) -> str:
+        """What is trained, as sha256: a checkpoint of one job serves another exactly if these are equal.
+
+        Device, threads, micro-batch and places may differ: they change the speed, and the last bits.
+        """
+        what = self.model_dump_json(
+            include={"round_id", "lease_id", "model", "base_manifest", "recipe", "seed", "targets"}
+        )
+        return hashlib.sha256(what.encode()).hexdigest()
 
 
 class Ready(Message):
-    """Base and shard are loaded, the first step follows."""
+    """Base and shard are loaded, the next step follows."""
 
     kind: Literal["ready"] = "ready"
     device: str
     examples: int
+    step: Annotated[int, Field(ge=0)] = 0
+    """Steps that a checkpoint brought along."""
+    pausable: bool = False
+    """Whether `PAUSE` on standard input makes it write a checkpoint and end."""
     import_s: Finite
     setup_s: Finite
     """Loading the base and preparing the shard, imports not counted."""
@@ -98,6 +128,14 @@ class Finished(Message):
     """Wall-clock time of the whole process, imports included."""
 
 
+class Paused(Message):
+    """The last line of a training that was asked to pause."""
+
+    kind: Literal["paused"] = "paused"
+    step: Annotated[int, Field(ge=0)]
+    """Steps in the checkpoint; 0: there was nothing to keep."""
+
+
 class Failed(Message):
     """Why there will be no delta, in words for the volunteer."""
 
@@ -106,8 +144,23 @@ class Failed(Message):
     remedy: str
 
 
-Line = Ready | StepDone | Finished | Failed
+Line = Ready | StepDone | Paused | Finished | Failed
 _LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
+
+
+PAUSE: Final = "pause"
+"""A line on the trainer's standard input: write the checkpoint and end with `TrainerExit.PAUSED`."""
+
+
+def share_order(percent: int) -> str:
+    """A line on the trainer's standard input: compute this much of the time from now on (1 to 100)."""
+    return f"share {percent}"
+
+
+def parse_share(order: str) -> int | None:
+    """The percentage of `share_order`, or None for any other line."""
+    word, _, number = order.strip().partition(" ")
+    return min(100, max(1, int(number))) if word == "share" and number.isdecimal() and len(number) < 4 else None
 
 
 def parse_line(text: str | bytes) -> Line:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rankup.errors import RankupError
@@ -33,11 +33,23 @@ class Progress:
     steps: int
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    """When the process started, less what earlier processes spent on the same training."""
     _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_SPEED_WINDOW_STEPS + 1))
 
     def begin(self) -> None:
         """The first step starts now."""
-        self._recent.append((time.perf_counter(), 0))
+        self._recent.append((time.perf_counter(), self.tokens))
+
+    def restore(self, losses: Sequence[float], tokens: int, seconds: float) -> None:
+        """Go on where an earlier process stopped: its losses, the tokens of their steps, and the time it took."""
+        self.losses[:] = losses
+        self.tokens = tokens
+        self.started -= seconds
+
+    def seconds(self) -> float:
+        """Wall-clock time spent on this training, by this process and those before it."""
+        return time.perf_counter() - self.started
 
     def step_done(self, loss: float) -> None:
         """Count and report one optimiser step. Raises `NotFiniteError`."""

@@ -7,7 +7,8 @@ What always holds:
 - the delta holds exactly the job's targets (`worker.surgery` trains them and nothing else), with the scaling inside B,
   so it is B·A and nothing else; tokens are those that the loss was taken over, counted batch by batch;
 - standard output carries only the lines of `worker.job`; what libraries print goes to stderr, which is the log;
-- the process ends when the pipe to its standard input is closed, so it never outlives its agent.
+- the process ends when the pipe to its standard input is closed, so it never outlives its agent;
+- a pause is obeyed by the thread that hears it, whatever step is running: it takes as long as writing the checkpoint.
 
 It knows no server, no lease protocol and no signature.
 """
@@ -26,12 +27,20 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from rankup.delta import DeltaHeader, write_delta
-from rankup.errors import DeltaError, DiskFullError, InputError, RankupError, SetupError
-from worker.disk import is_disk_full
-from worker.job import Failed, Finished, Job, Line, Ready, TrainerExit, format_line
+from rankup.errors import DeltaError, InputError, SetupError
+from worker.checkpoint import Checkpoint, CheckpointError, Keeper, read_checkpoint
+from worker.exits import exit_code, failed
+from worker.job import Finished, Job, Line, Ready, TrainerExit, format_line
+from worker.orders import Orders, obey
 from worker.progress import NotFiniteError, Progress
 from worker.shard import read_rows
 from worker.surgery import Adapted, adapt
+
+
+def micro_batch_of(batch_size: int, wanted: int | None) -> int:
+    """The largest divisor of the batch that is at most `wanted` (None: the batch), so batches stay what they are."""
+    limit = min(batch_size, wanted or batch_size)
+    return next(size for size in range(limit, 0, -1) if batch_size % size == 0)
 
 
 def choose_device(device: str) -> None:
@@ -45,8 +54,10 @@ def choose_device(device: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = (visible or "0").split(",")[0]
 
 
-def train(job: Job, emit: Callable[[Line], None], *, started: float, scratch: Path) -> None:
-    """Run one job and write its delta.
+def train(
+    job: Job, emit: Callable[[Line], None], *, started: float, scratch: Path, orders: Orders | None = None
+) -> None:
+    """Run one job, from its checkpoint on where there is one, and write its delta.
 
     `started`: `time.perf_counter()` at process start; `scratch`: a folder for temporary files. Raises `InputError`
     (shard or base do not fit), `NotFiniteError`, `SetupError` (a device or a library is missing), `DiskFullError`, and
@@ -60,18 +71,33 @@ def train(job: Job, emit: Callable[[Line], None], *, started: float, scratch: Pa
     tokenizer = _load_tokenizer(transformers, job.base_folder, rows[0])
     base = _load_base(transformers, torch, job.base_folder, device)
     adapted = adapt(torch, transformers, peft, base, job)
-    progress = Progress(emit, job.recipe.steps)
-    trainer = _make_trainer(adapted, tokenizer, rows, job, device, progress, scratch)
+    progress = Progress(emit, job.recipe.steps, started=started)
+    orders = orders or Orders(share_percent=job.share_percent)
+    checkpoint = _checkpoint(torch, job)
+    if checkpoint is not None:
+        checkpoint.restore_progress(progress)
+    keeper = None
+    if job.checkpoint_file is not None:
+        digest = job.training_digest()
+        keeper = Keeper(torch, job.checkpoint_file, digest, progress, every_s=job.checkpoint_every_s)
+        orders.keeper = keeper
+    trainer = _make_trainer(adapted, tokenizer, rows, job, device, progress, scratch, checkpoint)
+    trainer.add_callback(_pausing(transformers, torch, progress, keeper, checkpoint, orders))
     emit(
         Ready(
             device=device,
             examples=len(trainer.train_dataset),
             import_s=imported - started,
             setup_s=time.perf_counter() - imported,
+            step=len(progress.losses),
+            pausable=keeper is not None,
         )
     )
     progress.begin()
-    trainer.train()
+    if len(progress.losses) < job.recipe.steps:
+        trainer.train(resume_from_checkpoint=_resume_folder(transformers, scratch, checkpoint, trainer.args))
+    elif checkpoint is not None:
+        checkpoint.restore(torch, trainer.model)
     if len(progress.losses) != job.recipe.steps or progress.tokens < 1:
         raise InputError(f"{len(progress.losses)} of {job.recipe.steps} steps ran over {progress.tokens} tokens")
     header = DeltaHeader(model=job.model, round_id=job.round_id, lease_id=job.lease_id, base_manifest=job.base_manifest)
@@ -89,9 +115,73 @@ def train(job: Job, emit: Callable[[Line], None], *, started: float, scratch: Pa
             steps=len(progress.losses),
             first_loss=first_loss,
             last_loss=last_loss,
-            seconds=time.perf_counter() - started,
+            seconds=progress.seconds(),
         )
     )
+
+
+def _checkpoint(torch: Any, job: Job) -> Checkpoint | None:
+    """What to go on from; a checkpoint that cannot be used is told in the log and left to be replaced."""
+    if job.checkpoint_file is None:
+        return None
+    try:
+        return read_checkpoint(torch, job.checkpoint_file, job.training_digest())
+    except CheckpointError as exc:
+        sys.stderr.write(f"the training starts anew: {exc}\n")
+        return None
+
+
+def _resume_folder(transformers: Any, scratch: Path, checkpoint: Checkpoint | None, config: Any) -> str | None:
+    """A folder from which transformers learns at which step, and so at which example, to go on."""
+    if checkpoint is None:
+        return None
+    folder = scratch / "resume"
+    folder.mkdir(parents=True)
+    state = transformers.TrainerState(
+        global_step=checkpoint.step, max_steps=config.max_steps, train_batch_size=config.per_device_train_batch_size
+    )
+    state.compute_steps(config, config.max_steps)
+    state.save_to_json(str(folder / "trainer_state.json"))
+    return str(folder)
+
+
+def _pausing(
+    transformers: Any,
+    torch: Any,
+    progress: Progress,
+    keeper: Keeper | None,
+    checkpoint: Checkpoint | None,
+    orders: Orders,
+) -> Any:
+    """The callback that counts steps, restores a checkpoint, keeps new ones, and rests between steps."""
+
+    class Pausing(transformers.TrainerCallback):  # type: ignore[misc]
+        step_began = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            parts = kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"]
+            if checkpoint is not None:
+                checkpoint.restore(torch, *parts)
+            if keeper is not None:
+                keeper.attach(*parts)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if orders.share_percent < 100 and self.step_began:
+                took = time.perf_counter() - self.step_began
+                time.sleep(took * (100.0 / orders.share_percent - 1.0))
+            self.step_began = time.perf_counter()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if keeper is not None:
+                keeper.before_update()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                progress.step_done(float(logs["loss"]))
+                if keeper is not None:
+                    keeper.after_update()
+
+    return Pausing()
 
 
 def _import_libraries() -> tuple[Any, Any, Any]:
@@ -159,6 +249,7 @@ def _make_trainer(
     device: str,
     progress: Progress,
     scratch: Path,
+    checkpoint: Checkpoint | None,
 ) -> Any:
     import datasets
     import torch
@@ -176,15 +267,21 @@ def _make_trainer(
             progress.tokens += int((inputs["labels"][..., 1:] != -100).sum())
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                progress.step_done(float(logs["loss"]))
+        def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            """The folder it is given holds a step only; what was trained comes back when the training begins."""
+
+        def _load_rng_state(self, *args: Any, **kwargs: Any) -> None:
+            """Called at the place where no iterator over the examples draws numbers any more."""
+            if checkpoint is not None:
+                checkpoint.restore_random(torch)
+
+    micro_batch = micro_batch_of(recipe.batch_size, job.micro_batch)
 
     config = trl.SFTConfig(
         output_dir=str(scratch / "out"),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=recipe.batch_size // micro_batch,
         learning_rate=recipe.learning_rate,
         warmup_steps=min(recipe.warmup_steps, recipe.steps),
         lr_scheduler_type=recipe.lr_schedule,
@@ -208,9 +305,7 @@ def _make_trainer(
         disable_tqdm=True,
     )
     data = datasets.Dataset.from_list([dict(row) for row in rows])
-    trainer = CountingTrainer(
-        model=adapted.model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]
-    )
+    trainer = CountingTrainer(model=adapted.model, args=config, train_dataset=data, processing_class=tokenizer)
     trainer.remove_callback(transformers.PrinterCallback)
     if len(trainer.train_dataset) == 0:
         raise InputError(
@@ -220,48 +315,17 @@ def _make_trainer(
     return trainer
 
 
-def _exit_code(error: BaseException) -> TrainerExit:
-    if is_disk_full(error) or isinstance(error, DiskFullError):
-        return TrainerExit.DISK_FULL
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error):
-        return TrainerExit.OUT_OF_MEMORY
-    if isinstance(error, NotFiniteError):
-        return TrainerExit.NOT_FINITE
-    if isinstance(error, SetupError):
-        return TrainerExit.MISSING_EXTRA
-    return TrainerExit.BAD_JOB if isinstance(error, InputError) else TrainerExit.CRASHED
-
-
-def _failed(error: BaseException, code: TrainerExit) -> Failed:
-    if isinstance(error, RankupError):
-        return Failed(cause=error.cause, remedy=error.remedy)
-    if code is TrainerExit.OUT_OF_MEMORY:
-        return Failed(
-            cause="the training needs more memory than this machine has free",
-            remedy="Close other programs, or join with a device that has more memory.",
-        )
-    if code is TrainerExit.DISK_FULL:
-        return Failed(cause="no room left on the disk", remedy=DiskFullError.default_remedy)
-    return Failed(cause=f"{type(error).__name__}: {error}"[:2000], remedy="The trainer's log has the details.")
-
-
-def _end_with_agent() -> None:
-    """Leave at once when standard input is closed: the agent is gone, and with it everybody who wants the result."""
-    while os.read(0, 4096):
-        pass
-    os._exit(TrainerExit.CRASHED)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the job in the file `arguments[0]`; returns a `TrainerExit`. Lines go to the original standard output."""
     started = time.perf_counter()
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
-    threading.Thread(target=_end_with_agent, daemon=True).start()
+    one_line = threading.Lock()
 
     def emit(line: Line) -> None:
-        lines.write(format_line(line))
-        lines.flush()
+        with one_line:
+            lines.write(format_line(line))
+            lines.flush()
 
     try:
         if len(arguments) != 1:
@@ -273,16 +337,20 @@ def main(arguments: Sequence[str]) -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         choose_device(job.device)
+        if job.nice:
+            os.nice(job.nice)
+        orders = Orders(share_percent=job.share_percent)
         with tempfile.TemporaryDirectory(prefix="scratch-", dir=Path(arguments[0]).resolve().parent) as scratch:
+            threading.Thread(target=obey, args=(orders, emit, Path(scratch)), daemon=True).start()
             os.environ["HF_HOME"] = scratch
-            train(job, emit, started=started, scratch=Path(scratch))
+            train(job, emit, started=started, scratch=Path(scratch), orders=orders)
     except Exception as exc:  # noqa: BLE001 - the last line of a process: every failure becomes an exit code and words
-        code = _exit_code(exc)
+        code = exit_code(exc)
         if code is TrainerExit.CRASHED:
             import traceback
 
             traceback.print_exc()
-        emit(_failed(exc, code))
+        emit(failed(exc, code))
         return code
     return TrainerExit.DONE
 

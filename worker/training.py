@@ -4,6 +4,7 @@ What always holds:
 - the child runs in a session of its own, so a Ctrl-C in the terminal reaches the agent only, and the agent ends the
   child with everything it started;
 - its environment forbids the hub (`HF_HUB_OFFLINE`) and bounds its threads; its stderr is a log file, not the terminal;
+- a child that can pause is asked to before it is ended, and has `PAUSE_GRACE_S` to write its checkpoint;
 - a delta counts only after its size, hash, header, weights, shapes and ranks have been checked here;
 - when `run_trainer` returns or raises, the child is gone.
 """
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,10 +29,12 @@ from pydantic import ValidationError
 
 from rankup.delta import DeltaHeader, DeltaReader, check_structure
 from rankup.errors import DeltaError, DiskFullError, FatalError, SetupError, TooLargeError
-from worker.job import Failed, Finished, Job, Line, TrainerExit, parse_line
+from worker.job import PAUSE, Failed, Finished, Job, Line, Paused, Ready, TrainerExit, parse_line, share_order
 
 TRAINER_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "worker.trainer")
 """`-P` keeps the current folder off the module path: nothing that lies about there is imported."""
+PAUSE_GRACE_S = 4.5
+"""After this a child that is still writing its checkpoint is ended; the checkpoint before it stays."""
 _GRACE_S = 5.0
 _LOOK_S = 0.2
 _MAX_LINE_BYTES = 64 * 1024
@@ -43,6 +47,11 @@ class TrainerError(FatalError):
     code = "trainer"
     default_remedy = "The lease goes back and the worker tries another; the log named in the message has the details."
 
+    def __init__(self, cause: str, *, remedy: str | None = None, exit_code: int = TrainerExit.CRASHED) -> None:
+        super().__init__(cause, remedy=remedy)
+        self.trainer_exit = exit_code
+        """What the child ended with: a `TrainerExit`, or minus the number of a signal."""
+
 
 def run_trainer(
     job: Job,
@@ -52,8 +61,13 @@ def run_trainer(
     command: Sequence[str] = TRAINER_COMMAND,
     on_line: Callable[[Line], None],
     stop_reason: Callable[[], str | None],
+    keep: Callable[[], bool] = lambda: False,
+    share_percent: Callable[[], int] | None = None,
 ) -> Finished | None:
     """Train `job` in a child process and return its result; None when `stop_reason` gave one and the child was ended.
+
+    `keep`: whether such a stop is a pause, so that the child first writes its checkpoint. `share_percent`: how much of
+    the time to compute, asked again and again.
 
     Raises `TrainerError`, `DiskFullError`, and `SetupError` when the child lacks a library or device, or cannot start.
     """
@@ -72,11 +86,18 @@ def run_trainer(
         except OSError as exc:
             raise SetupError(f"the trainer cannot be started: {exc}") from exc
     last: Finished | Failed | None = None
+    pausable = False
+    share = job.share_percent
     try:
         lines = _read_lines(child)
         while True:
             if stop_reason() is not None:
+                if pausable and keep():
+                    _pause(child, lines, on_line)
                 return None
+            if pausable and share_percent is not None and share_percent() != share:
+                share = share_percent()
+                _order(child, share_order(share))
             try:
                 line = lines.get(timeout=_LOOK_S)
             except queue.Empty:
@@ -85,12 +106,18 @@ def run_trainer(
                 break
             if isinstance(line, Finished | Failed):
                 last = line
+            if isinstance(line, Ready):
+                pausable = line.pausable
             on_line(line)
         while child.poll() is None:  # its output is closed, it may still be leaving
             if stop_reason() is not None:
                 return None
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_LOOK_S)
+    except KeyboardInterrupt:
+        if pausable and keep():
+            _pause(child, lines, on_line)
+        raise
     finally:
         _end(child)
     if child.returncode == TrainerExit.DONE and isinstance(last, Finished):
@@ -154,6 +181,33 @@ def _read_lines(child: subprocess.Popen[bytes]) -> queue.Queue[Line | None]:
     return lines
 
 
+def _order(child: subprocess.Popen[bytes], order: str) -> None:
+    """Say something to the child; one that is leaving does not hear it."""
+    if child.stdin is not None:
+        with contextlib.suppress(OSError):
+            child.stdin.write(order.encode() + b"\n")
+            child.stdin.flush()
+
+
+def _pause(child: subprocess.Popen[bytes], lines: queue.Queue[Line | None], on_line: Callable[[Line], None]) -> None:
+    """Ask the child to write its checkpoint and wait until it has said so, at most `PAUSE_GRACE_S`.
+
+    Steps that it finished before it heard of it are in the checkpoint, so they are told as well.
+    """
+    _order(child, PAUSE)
+    until = time.monotonic() + PAUSE_GRACE_S
+    while (left := until - time.monotonic()) > 0:
+        try:
+            line = lines.get(timeout=left)
+        except queue.Empty:
+            return
+        if line is None:
+            return
+        on_line(line)
+        if isinstance(line, Paused | Failed):
+            return
+
+
 def _end(child: subprocess.Popen[bytes]) -> None:
     """End the child's whole session: asked first, forced after `_GRACE_S`."""
     if child.stdin is not None:
@@ -175,10 +229,10 @@ def _failure(code: int, last: Finished | Failed | None, log_file: Path) -> Fatal
         if code == TrainerExit.MISSING_EXTRA:
             return SetupError(last.cause, remedy=last.remedy)
         if code != TrainerExit.CRASHED:
-            return TrainerError(last.cause, remedy=last.remedy)
+            return TrainerError(last.cause, remedy=last.remedy, exit_code=code)
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     if code == -signal.SIGKILL:
         how += " (the system does that when memory runs out)"
     words = f": {last.cause}" if isinstance(last, Failed) else ""
     tail = "".join(f"\n    {line}" for line in log_tail(log_file))
-    return TrainerError(f"the trainer {how}{words}; {log_file} ends with:{tail or ' nothing'}")
+    return TrainerError(f"the trainer {how}{words}\n{log_file} ends with:{tail or ' nothing'}", exit_code=code)

@@ -85,7 +85,12 @@ class Volunteer:
         command += ["--invite", invite] if invite else []
         self._process = subprocess.Popen(
             [*command, "--threads", str(threads)],
-            env=os.environ | {"RANKUP_WORKER_HOME": str(home), "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")},
+            env=os.environ
+            | {
+                "RANKUP_WORKER_HOME": str(home),
+                "RANKUP_WORKER_DEDICATED": "true",
+                "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+            },
             stdout=subprocess.PIPE,
             stderr=self._log,
             start_new_session=True,

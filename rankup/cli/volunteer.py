@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
 import typer
 
+from rankup.cli import control
+
 app = typer.Typer(help="Lend this machine to a community round.", no_args_is_help=True)
+control.register(app)
 
 
 @app.command("join")
@@ -15,11 +24,16 @@ def join(
     max_leases: int = typer.Option(None, min=1, help="Stop after this many shards; default: go on until Ctrl-C."),
     threads: int = typer.Option(None, min=1, help="CPU threads of the trainer; default: all cores."),
     device: str = typer.Option(None, help="auto, cpu, cuda, cuda:1, mps or xpu."),
+    dedicated: bool = typer.Option(
+        None, "--dedicated", help="This machine does nothing else: work on batteries and while somebody uses it."
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON object per event on stdout."),
 ) -> None:
     """Join a server and train until Ctrl-C: claims shards, trains them, hands the deltas in.
 
-    Ctrl-C gives the present shard back; a finished delta is kept and delivered next time.
+    Ctrl-C gives the present shard back; a finished delta is kept and delivered next time. After a SIGTERM, a crash or a
+    power cut the next `join` goes on where the training was, if the lease is still valid. `rankup worker limits` says
+    when it works; `pause`, `resume`, `finish` and `leave` control it.
 
     **Examples**
 
@@ -33,11 +47,19 @@ def join(
     from worker.doctor import require_trainer
 
     require_trainer()
-    chosen = {name: value for name, value in {"threads": threads, "device": device}.items() if value is not None}
+    options = {"threads": threads, "device": device, "dedicated": dedicated}
+    chosen = {name: value for name, value in options.items() if value is not None}
     settings = WorkerSettings.model_validate(WorkerSettings().model_dump() | chosen)
-    with interruptible() as stopped, open_display(as_json=as_json) as report:
+    with interruptible() as stopped, _noticing_sigterm() as terminated, open_display(as_json=as_json) as report:
         summary = run(
-            url, invite=invite, name=name, settings=settings, max_leases=max_leases, stop=stopped, report=report
+            url,
+            invite=invite,
+            name=name,
+            settings=settings,
+            max_leases=max_leases,
+            stop=stopped,
+            report=report,
+            keep_lease=terminated.is_set,
         )
     if not as_json:
         typer.echo(
@@ -46,18 +68,47 @@ def join(
         )
 
 
+@contextmanager
+def _noticing_sigterm() -> Iterator[threading.Event]:
+    """Set the event on SIGTERM, then do what was done before: a service that is stopped will be started again."""
+    terminated = threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        terminated.set()
+        if callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @app.command("doctor")
 def doctor(
     url: str = typer.Argument(None, help="Server to check against; default: only this machine is checked."),
+    what_leaves: bool = typer.Option(False, "--what-leaves", help="Print what leaves this machine, and check nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
-    """Check whether this machine can train, and say what to do where it cannot."""
+    """Check whether this machine can train, and say what to do where it cannot.
+
+    **Examples**
+
+    - `rankup worker doctor`
+    - `rankup worker doctor http://127.0.0.1:8420`
+    - `rankup worker doctor --what-leaves`
+    """
     import dataclasses
 
     from rankup.cli.output import print_json, print_table
     from rankup.settings import WorkerSettings
     from worker.doctor import examine
 
+    if what_leaves:
+        _print_what_leaves(as_json)
+        return
     findings = examine(WorkerSettings(), url)
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
@@ -66,3 +117,18 @@ def doctor(
         print_table("", ("check", "result", "found", "remedy"), rows)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+def _print_what_leaves(as_json: bool) -> None:
+    import dataclasses
+
+    from rankup.cli.output import print_json, print_table
+    from worker.leaves import LEAVING, STAYING
+
+    if as_json:
+        print_json({"leaves": [dataclasses.asdict(item) for item in LEAVING], "stays": list(STAYING)})
+        return
+    print_table("", ("when", "name", "what", "what for"), [(i.when, i.name, i.what, i.why) for i in LEAVING])
+    typer.echo("What stays here:")
+    for words in STAYING:
+        typer.echo(f"- {words}")

@@ -61,7 +61,7 @@ class Server:
                 *(sys.executable, "-m", "rankup", "worker", "join", self.url, "--invite", self.invite),
                 *("--name", name, "--threads", "1", "--json", *options),
             ],
-            env=self.environment(RANKUP_WORKER_HOME=str(self.home / name)),
+            env=self.environment(RANKUP_WORKER_HOME=str(self.home / name), RANKUP_WORKER_DEDICATED="true"),
             stdout=subprocess.PIPE,
             stderr=(self.home / f"{name}.log").open("w"),
             text=True,

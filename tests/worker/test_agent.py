@@ -10,17 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_gateway import BASE_MANIFEST, INVITE, FakeGateway, serve
-from tiny_model import save_tiny_llama
 
 from rankup.errors import DeniedError, DiskFullError, IntegrityError, SetupError, StateError, UnreachableError
 from rankup.protocol import LeaseState
 from rankup.settings import WorkerSettings
-from rankup.targets import select_targets
 from worker import agent
 from worker.events import (
     Abandoned,
@@ -36,8 +35,13 @@ from worker.events import (
     Waiting,
     WorkerEvent,
 )
+from worker.limits import Limits, Readings
 
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
+
+
+def idle_machine(limits: Limits, *, gpu: bool, transferred_bytes: int) -> Readings:
+    return Readings(now=datetime.now().astimezone(), transferred_bytes=transferred_bytes)
 
 
 def pull_nothing(server: str, model: str, version: int, folder: Path, **_: Any) -> str:
@@ -62,7 +66,8 @@ class Machine:
     def work(self, mode: str = "ok", *, leases: int | None = 1, patience_s: float = 30.0, **more: Any) -> Summary:
         return agent.run(
             self.url,
-            **{"invite": INVITE, "name": "ada", "pull": pull_nothing, "verdict_wait_s": 5.0} | more,
+            **{"invite": INVITE, "name": "ada", "pull": pull_nothing, "verdict_wait_s": 5.0, "sense": idle_machine}
+            | more,
             settings=WorkerSettings(home=self.home, threads=1, timeout_s=5.0, patience_s=patience_s),
             max_leases=leases,
             stop=self.stop,
@@ -320,30 +325,3 @@ def test_two_workers_never_share_a_server_folder(gateway: FakeGateway, machine: 
     machine.on_event = second
     machine.work()
     assert len(failures) == 1
-
-
-@pytest.mark.slow
-def test_the_real_trainer_trains_a_tiny_model_for_a_lease(gateway: FakeGateway, machine: Machine) -> None:
-    def make_base(server: str, model: str, version: int, folder: Path, **_: Any) -> str:
-        if not (folder / "config.json").exists():
-            save_tiny_llama(folder)
-        return BASE_MANIFEST
-
-    gateway.targets = select_targets(save_tiny_llama(machine.home.with_name("elsewhere")), gateway.recipe)
-    gateway.announced = gateway.shard = b'{"text": "a list of files"}\n' * 8
-    gateway.max_delta_bytes = 1_000_000
-    gateway.offer("l1")
-    summary = agent.run(
-        machine.url,
-        invite=INVITE,
-        settings=WorkerSettings(home=machine.home, threads=1, device="cpu"),
-        max_leases=1,
-        stop=machine.stop,
-        report=machine.see,
-        pull=make_base,
-    )
-    assert (summary.accepted, len(machine.of(Step))) == (1, 5)
-    said = gateway.submissions["l1"][0].statement
-    # batches of 4 of 15 characters and </s> each, of which all but the first are predicted
-    assert said.tokens == 5 * 4 * 15
-    assert machine.of(Enrolled)[0].name.startswith("volunteer-")

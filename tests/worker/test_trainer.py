@@ -22,6 +22,7 @@ from rankup.fixedpoint import dequantise
 from rankup.recipe import Recipe
 from rankup.targets import Target, select_targets
 from worker import surgery, trainer
+from worker.exits import exit_code, failed
 from worker.job import Failed, Finished, Job, Line, Ready, StepDone, TrainerExit, parse_line
 from worker.shard import read_rows
 from worker.trainer import Progress
@@ -176,12 +177,14 @@ def test_a_base_of_another_shape_is_a_bad_job(base: tuple[Path, dict[str, Target
         (trainer.NotFiniteError("the loss is nan"), TrainerExit.NOT_FINITE),
         (InputError("no such module"), TrainerExit.BAD_JOB),
         (SetupError("no torch"), TrainerExit.MISSING_EXTRA),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), TrainerExit.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: unspecified launch failure"), TrainerExit.DEVICE_FAILED),
         (ZeroDivisionError(), TrainerExit.CRASHED),
     ],
 )
 def test_every_kind_of_failure_has_an_exit_code_and_words(error: Exception, code: TrainerExit) -> None:
-    assert trainer._exit_code(error) == code
-    said = trainer._failed(error, code)
+    assert exit_code(error) == code
+    said = failed(error, code)
     assert said.cause
     assert said.remedy
 

@@ -1,0 +1,337 @@
+"""One lease from its grant to a delta in the outbox, with pauses and failures of the trainer on the way.
+
+    base ─> shard ─> trainer ──────────────> outbox
+     ^        ^         │  ^ checkpoint
+     └────────┴─ pause ─┘  └─ failed: again, smaller or later, if `worker.recovery` says so
+
+What always holds:
+- while the governor holds the work up, no trainer runs and nothing is downloaded; the heartbeat goes on, so the lease
+  stays ours; a pause of more than `worker.limits.hold_s` ends the lease instead;
+- what a pause, a crash or the end of the worker leaves in the lease's folder is enough to go on;
+- a delta goes into the outbox only after it has been checked as admission will.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rankup.durable import write_file
+from rankup.errors import IntegrityError
+from rankup.message import PublicKey
+from rankup.protocol import LeaseGrant, SubmitStatement
+from rankup.settings import WorkerSettings
+from worker import cache, device
+from worker.base import PullBase
+from worker.checkpoint import checkpoint_progress
+from worker.client import GatewayClient, StopRequested
+from worker.events import Downloading, Paused, Resumed, Retrying, Starting, Step, WorkerEvent
+from worker.governor import Governor
+from worker.heart import Heart
+from worker.identity import ServerFolder
+from worker.job import Finished, Job, Line, StepDone, TrainerExit
+from worker.limits import hold_s
+from worker.outbox import Outbox
+from worker.recovery import after_failure
+from worker.traffic import Traffic
+from worker.training import TrainerError, check_result, run_trainer
+
+MAX_SHARD_BYTES = 256 * 1024**2
+_MAX_GRANT_BYTES = 16 * 1024**2
+_KEPT_LOGS = 20
+_LOOK_S = 0.2
+
+
+class LeaseOverError(Exception):
+    """The server wants no delta of this lease any more; carries its reason."""
+
+
+class PausedTooLongError(Exception):
+    """The pause takes longer than a lease is worth keeping; carries the words for the server, which
+    are not why."""
+
+
+class _HeldError(Exception):
+    """The governor holds the work up; carries its reason."""
+
+
+@dataclass
+class Lease:
+    """One granted lease and its place on this machine."""
+
+    grant: LeaseGrant
+    folder: Path
+    log_file: Path
+    kept: bool = False
+    """Whether the folder outlives this run."""
+
+    @property
+    def checkpoint_file(self) -> Path:
+        return self.folder / "checkpoint"
+
+
+@contextmanager
+def lease_folder(server: ServerFolder, grant: LeaseGrant) -> Iterator[Lease]:
+    """The lease's folder, removed afterwards unless it is `kept`, and its log, of which the last `_KEPT_LOGS` stay."""
+    folder = server.jobs / grant.lease_id
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "grant.json", grant.model_dump_json().encode())
+    for old in sorted(server.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)[: 1 - _KEPT_LOGS]:
+        old.unlink()
+    lease = Lease(grant, folder, server.logs / f"{grant.lease_id}.log")
+    try:
+        yield lease
+    finally:
+        if not lease.kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_grants(server: ServerFolder) -> list[LeaseGrant]:
+    """The leases of earlier runs whose training can go on; folders without a usable checkpoint are removed."""
+    found = []
+    for folder in sorted(server.jobs.iterdir()):
+        if checkpoint_progress(folder / "checkpoint")[0] > 0:
+            try:
+                with (folder / "grant.json").open("rb") as file:
+                    grant = LeaseGrant.model_validate_json(file.read(_MAX_GRANT_BYTES))
+            except (OSError, ValidationError):
+                grant = None
+            if grant is not None and grant.lease_id == folder.name:
+                found.append(grant)
+                continue
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+class LeaseWork:
+    """Trains leases, one at a time."""
+
+    def __init__(
+        self,
+        server: str,
+        settings: WorkerSettings,
+        *,
+        outbox: Outbox,
+        client: GatewayClient,
+        governor: Governor,
+        traffic: Traffic,
+        stop: threading.Event,
+        report: Callable[[WorkerEvent], None],
+        trainer_command: Sequence[str],
+        pull: PullBase,
+    ) -> None:
+        self._server = server
+        self._settings = settings
+        self._outbox = outbox
+        self._client = client
+        self._governor = governor
+        self._traffic = traffic
+        self._stop = stop
+        self._report = report
+        self._trainer_command = trainer_command
+        self._pull = pull
+        self._micro_batch: int | None = None
+        """What fitted into memory last, where a whole batch did not."""
+
+    def train(self, lease: Lease, heart: Heart, publisher_key: PublicKey) -> None:
+        """From the grant to a delta in the outbox.
+
+        Raises `LeaseOverError`, `PausedTooLongError`, `StopRequested`, and what downloads and trainer raise.
+        """
+        while True:
+            try:
+                job = self._prepare(lease, heart, publisher_key)
+                result = self._train(lease, job, heart)
+            except _HeldError as exc:
+                self._sit_out(lease, heart, str(exc))
+            else:
+                check_result(job, result, max_bytes=lease.grant.max_delta_bytes)
+                self._outbox.put(result.path, _statement(job, result))
+                return
+
+    # -- before ------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, lease: Lease, heart: Heart, publisher_key: PublicKey) -> Job:
+        grant, limits = lease.grant, self._governor.limits
+        self._check_wanted(heart, transfers=True)
+        job = Job(
+            round_id=grant.round_id,
+            lease_id=grant.lease_id,
+            fence=grant.fence,
+            model=grant.model,
+            base_manifest=grant.base_manifest,
+            base_folder=self._base(grant, heart, publisher_key),
+            shard_file=lease.folder / "shard.jsonl",
+            delta_file=lease.folder / "finished.delta",
+            recipe=grant.recipe,
+            seed=grant.seed,
+            targets=grant.targets,
+            device=self._settings.device,
+            threads=device.usable_threads(limits.threads or self._settings.threads),
+            checkpoint_file=lease.checkpoint_file,
+            checkpoint_every_s=self._settings.checkpoint_every_s,
+            micro_batch=self._micro_batch,
+            nice=limits.nice,
+            share_percent=limits.gpu_usage_limit,
+        )
+        # A link that was signed for an earlier run may have ended; the bytes it led to were checked when they came.
+        if not job.shard_file.exists():
+            self._client.download(
+                grant.shard_link,
+                job.shard_file,
+                max_bytes=MAX_SHARD_BYTES,
+                progress=lambda done, total: self._downloading("shard", done, total, heart),
+            )
+        self._check_wanted(heart)
+        return job
+
+    def _base(self, grant: LeaseGrant, heart: Heart, publisher_key: PublicKey) -> Path:
+        """The folder of the lease's base version, pulled when it is not in the cache, with room made before."""
+        store = self._settings.home / "cache"
+        quota = int(self._governor.limits.disk_max_used_gb * 1e9) or self._settings.cache_bytes
+        folder = cache.version_folder(store, grant.base_manifest)
+        folder.mkdir(parents=True, exist_ok=True)
+        cache.mark_used(folder)
+        cache.make_room(store, quota, keep=folder)
+        seen: int | None = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal seen
+            # What is there already comes with the first call; several threads may overtake each other.
+            before, seen = seen, done if seen is None else max(seen, done)
+            self._traffic.received(seen - before if before is not None else 0)
+            self._downloading("base", done, total, heart)
+
+        digest = self._client.patiently(
+            lambda: self._pull(
+                self._server, grant.model, grant.base_version, folder, publisher_key=publisher_key, progress=progress
+            )
+        )
+        if digest != grant.base_manifest:
+            raise IntegrityError(f"version {grant.base_version} is {digest[:16]}…, not {grant.base_manifest[:16]}…")
+        cache.mark_used(folder)
+        cache.make_room(store, quota, keep=folder)
+        return folder
+
+    def _downloading(self, what: str, done: int, total: int, heart: Heart) -> None:
+        self._check_wanted(heart, transfers=True)
+        self._report(Downloading(what, done, total))
+
+    def _check_wanted(self, heart: Heart, *, transfers: bool = False) -> None:
+        if self._stop.is_set():
+            raise StopRequested
+        if heart.abandon is not None:
+            raise LeaseOverError(heart.abandon)
+        if (held := self._held(transfers=transfers)) is not None:
+            raise _HeldError(held)
+
+    def _held(self, *, transfers: bool) -> str | None:
+        return self._governor.hold() or (self._governor.transfer_hold() if transfers else None)
+
+    # -- the trainer -------------------------------------------------------------------------------------------------
+
+    def _train(self, lease: Lease, job: Job, heart: Heart) -> Finished:
+        """Run the trainer, again and again if need be, until it has finished."""
+        tries = device_failures = 0
+        checkpoint = _mark(lease.checkpoint_file)
+        while True:
+            tries += 1
+            self._report(Starting(lease.grant.lease_id))
+            try:
+                result = run_trainer(
+                    job,
+                    lease.folder / "job.json",
+                    lease.log_file,
+                    command=self._trainer_command,
+                    on_line=lambda line: self._on_line(line, heart),
+                    stop_reason=lambda: self._stop_reason(heart),
+                    keep=lambda: heart.abandon is None and not self._governor.leaving,
+                    share_percent=lambda: self._governor.limits.gpu_usage_limit,
+                )
+            except TrainerError as exc:
+                before, checkpoint = checkpoint, _mark(lease.checkpoint_file)
+                device_failures += exc.trainer_exit == TrainerExit.DEVICE_FAILED
+                again = after_failure(
+                    exc.trainer_exit,
+                    tries=tries,
+                    micro_batch=job.micro_batch or job.recipe.batch_size,
+                    new_checkpoint=checkpoint != before,
+                    device_failures=device_failures,
+                )
+                if again is None:
+                    raise
+                if again.micro_batch < job.recipe.batch_size:
+                    self._micro_batch = again.micro_batch
+                    job = job.model_copy(update={"micro_batch": again.micro_batch})
+                step, _ = checkpoint_progress(lease.checkpoint_file)
+                self._report(Retrying(lease.grant.lease_id, exc.cause.partition("\n")[0], step, again.micro_batch))
+                self._wait(again.pause_s, heart)
+                continue
+            if result is not None:
+                return result
+            self._check_wanted(heart)
+            raise _HeldError("a moment ago something spoke against it")
+
+    def _stop_reason(self, heart: Heart) -> str | None:
+        if self._stop.is_set():
+            return "the worker stops"
+        return heart.abandon or self._governor.hold()
+
+    def _on_line(self, line: Line, heart: Heart) -> None:
+        if isinstance(line, StepDone):
+            heart.note(line.step, line.loss, line.tokens_per_s)
+            self._report(Step(line.step, line.steps, line.loss, line.tokens_per_s))
+
+    def _wait(self, seconds: float, heart: Heart) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._check_wanted(heart)
+            self._stop.wait(min(left, _LOOK_S))
+
+    # -- pauses ------------------------------------------------------------------------------------------------------
+
+    def _sit_out(self, lease: Lease, heart: Heart, reason: str) -> None:
+        """Return when work may go on."""
+        self._report(Paused(reason, lease.grant.lease_id))
+        step, trained_s = checkpoint_progress(lease.checkpoint_file)
+        limit_s = hold_s(trained_s)
+        began = time.monotonic()
+        while self._held(transfers=step == 0) is not None:
+            if self._stop.is_set():
+                raise StopRequested
+            if heart.abandon is not None:
+                raise LeaseOverError(heart.abandon)
+            if time.monotonic() - began > limit_s:
+                raise PausedTooLongError(f"paused for more than {limit_s / 60:.0f} minutes")
+            self._stop.wait(_LOOK_S)
+        self._report(Resumed(lease.grant.lease_id))
+
+
+def _mark(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _statement(job: Job, result: Finished) -> SubmitStatement:
+    return SubmitStatement(
+        round_id=job.round_id,
+        lease_id=job.lease_id,
+        fence=job.fence,
+        base_manifest=job.base_manifest,
+        sha256=result.sha256,
+        size_bytes=result.size_bytes,
+        tokens=result.tokens,
+        steps=result.steps,
+        first_loss=result.first_loss,
+        last_loss=result.last_loss,
+        seconds=result.seconds,
+    )

@@ -1,0 +1,50 @@
+"""What to do when the trainer fails: start it again, smaller or later, or give the lease back. Pure policy.
+
+What always holds: a failure that training again would repeat (a bad shard, a loss that is not finite) is never tried
+again; a crash is tried again only from a checkpoint that is newer than the last failure, or once where the device gave
+out; where the memory gave out, less of it is used; there are at most `MAX_TRIES` starts of one lease.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+from worker.job import TrainerExit
+
+MAX_TRIES = 6
+_DEVICE_PAUSE_S = 10.0
+_CRASH_PAUSE_S = 2.0
+
+MEMORY_EXITS = frozenset({int(TrainerExit.OUT_OF_MEMORY), -int(signal.SIGKILL)})
+"""The system kills with SIGKILL when memory runs out."""
+_CRASHES = frozenset(
+    {int(TrainerExit.CRASHED), -int(signal.SIGSEGV), -int(signal.SIGABRT), -int(signal.SIGBUS), -int(signal.SIGFPE)}
+)
+
+
+@dataclass(frozen=True)
+class Again:
+    """Start the trainer once more, after `pause_s`, with so many examples in memory at a time."""
+
+    micro_batch: int
+    pause_s: float
+
+
+def after_failure(
+    exit_code: int, *, tries: int, micro_batch: int, new_checkpoint: bool, device_failures: int
+) -> Again | None:
+    """What follows the `tries`-th start of the trainer, which ended with `exit_code`; None: give the lease back.
+
+    `new_checkpoint`: there is one that the start before had not; `device_failures`: how often the device has failed
+    in this lease, this time included.
+    """
+    if tries >= MAX_TRIES:
+        return None
+    if exit_code in MEMORY_EXITS:
+        return Again(micro_batch // 2, 0.0) if micro_batch > 1 else None
+    if exit_code == TrainerExit.DEVICE_FAILED:
+        return Again(micro_batch, _DEVICE_PAUSE_S) if new_checkpoint or device_failures == 1 else None
+    if exit_code in _CRASHES and new_checkpoint:
+        return Again(micro_batch, _CRASH_PAUSE_S)
+    return None
