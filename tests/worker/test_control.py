@@ -214,13 +214,14 @@ def test_logs_are_the_last_lines_of_the_newest_file(home: Path) -> None:
 
 
 def test_a_sigterm_is_told_from_a_ctrl_c() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     for number, told in ((signal.SIGTERM, True), (signal.SIGINT, False)):
         with interruptible() as stopped, _noticing_sigterm() as terminated:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
             assert stopped.is_set()
             assert terminated.is_set() is told
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_service_needs_a_machine_that_has_joined(home: Path) -> None:

@@ -114,7 +114,7 @@ def test_twenty_steps_lower_the_loss_and_leave_a_delta_that_is_what_peft_would_m
             assert np.linalg.norm(b @ a - change) < 1e-3 * np.linalg.norm(change), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_job_on_one_thread_gives_the_same_delta(base: tuple[Path, dict[str, Target]], tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"steps": 6})
     results = {}
