@@ -24,6 +24,7 @@ class PullBase(Protocol):
         *,
         publisher_key: str,
         progress: Callable[[int, int], None],
+        working: Callable[[], None],
     ) -> str: ...
 
 
@@ -35,19 +36,23 @@ def pull_base(
     *,
     publisher_key: str,
     progress: Callable[[int, int], None],
+    working: Callable[[], None],
 ) -> str:
     """`rankup.pull.pull` from the gateway at `server`; raises what that raises, after two tries a request.
 
     Where an older version of the model lies beside `folder`, what did not change is linked from there and the rest
-    patched, so that mostly patches are fetched.
+    patched, so that mostly patches are fetched. `progress` is told of bytes that are fetched; `working` is called while
+    files are made out of what is here. What either raises ends the pull.
     """
     from rankup.pull import PullProgress, pull
     from rankup.sources import GatewaySource, Patience
     from worker.cache import nearest_version
 
     def on_progress(at: PullProgress) -> None:
-        if at.stage in ("downloading", "applying"):
+        if at.stage == "downloading":
             progress(at.done_bytes, at.total_bytes)
+        else:
+            working()
 
     with GatewaySource(server) as source:
         pulled = pull(

@@ -211,7 +211,13 @@ class LeaseWork:
 
         digest = self._client.patiently(
             lambda: self._pull(
-                self._server, grant.model, grant.base_version, folder, publisher_key=publisher_key, progress=progress
+                self._server,
+                grant.model,
+                grant.base_version,
+                folder,
+                publisher_key=publisher_key,
+                progress=progress,
+                working=lambda: self._check_wanted(heart),
             )
         )
         if digest != grant.base_manifest:

@@ -31,7 +31,17 @@ def have(served: Served, store: Path, version: int) -> tuple[Path, int]:
     folder.mkdir(parents=True, exist_ok=True)
     cache.mark_used(folder)
     key = served.history.publisher_key
-    pull_base(served.url, MODEL, version, folder, publisher_key=key, progress=lambda done, total: None)
+    fetched: list[int] = []
+    pull_base(
+        served.url,
+        MODEL,
+        version,
+        folder,
+        publisher_key=key,
+        progress=lambda done, total: fetched.append(done),
+        working=lambda: None,
+    )
+    assert max(fetched, default=0) <= served.blob_bytes - before, "only what was fetched is told as fetched"
     return folder, served.blob_bytes - before
 
 
