@@ -103,6 +103,7 @@ def summed_by_hand(server: Server, model: str, term: dict[str, Any]) -> dict[str
     return {name: entry for part in folded for name, entry in part.tensors.items()}
 
 
+@pytest.mark.long
 def test_a_server_that_is_stopped_in_the_middle_of_a_round_goes_on_with_it_when_started_again(tmp_path: Path) -> None:
     server = start_server(tmp_path / "home")
     try:
