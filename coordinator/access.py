@@ -155,7 +155,7 @@ async def require_worker(desk: DeskOf, credentials: Credentials) -> Worker:
     token = _token(credentials)
     if _is_organiser(desk, token):
         raise DeniedError("This is the organiser's token; leases belong to workers.", remedy="Use a worker's token.")
-    worker = await (await desk.ledger()).worker_by_token(token_hash(token))
+    worker = await (await desk.ledger()).people.by_token(token_hash(token))
     if worker is None:
         raise UnauthenticatedError(_UNKNOWN)
     structlog.contextvars.bind_contextvars(worker_id=worker.worker_id)
@@ -173,7 +173,7 @@ async def require_organiser(desk: DeskOf, credentials: Credentials) -> None:
     if _is_organiser(desk, token):
         return
     remedy = "Use the organiser's token of this server."
-    if await (await desk.ledger()).worker_by_token(token_hash(token)) is not None:
+    if await (await desk.ledger()).people.by_token(token_hash(token)) is not None:
         raise DeniedError("This is a worker's token; only the organiser may do this.", remedy=remedy)
     raise UnauthenticatedError(_UNKNOWN, remedy=remedy)
 

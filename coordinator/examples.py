@@ -91,7 +91,7 @@ _GRANT = LeaseGrant(
     base_version=0,
     base_manifest=_DIGEST,
     shard=1,
-    shard_link=BlobLink(sha256=_PARENT, size_bytes=61_440, url=f"v1/blobs/{_PARENT}"),
+    shard_links=(BlobLink(sha256=_PARENT, size_bytes=61_440, url=f"v1/blobs/{_PARENT}"),),
     recipe=_RECIPE,
     seed=1_234_567,
     targets={"layers.0.q_proj.weight": Target(role="linear", d_out=576, d_in=576)},

@@ -61,7 +61,7 @@ def grant_of(lease: Lease, record: RoundRecord, *, shard_url: str, cap_bytes: in
         base_version=record.base_version,
         base_manifest=record.base_manifest,
         shard=lease.shard,
-        shard_link=BlobLink(sha256=shard.sha256, size_bytes=shard.size_bytes, url=shard_url),
+        shard_links=(BlobLink(sha256=shard.sha256, size_bytes=shard.size_bytes, url=shard_url),),
         recipe=record.request.recipe,
         seed=seed_of(lease.round_id, lease.lease_id),
         targets=record.targets,

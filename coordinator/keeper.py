@@ -225,7 +225,7 @@ class Keeper:
             async with gate:
                 if self._stopping:
                     return
-                trusted = await self._ledger.valid_in_a_row(submission.worker_id)
+                trusted = await self._ledger.people.valid_in_a_row(submission.worker_id)
                 receipt = await self._aggregator.admit(record, submission, self._clock(), trusted)
                 lease = await self._ledger.judge(submission.statement.lease_id, receipt, self._clock())
             log.info(

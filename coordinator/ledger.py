@@ -1,4 +1,4 @@
-"""The ledger: live rounds, leases, submissions and workers in Valkey (or Redis), and the only module that talks to it.
+"""The ledger: live rounds, leases, submissions and workers in Valkey (or Redis), kept by rules.
 
 The rules stand in `coordinator.leases` and `coordinator.rounds`, the layout of the keys in `coordinator.ledger_keys`.
 A change goes: read, step (pure), store by compare-and-set with every key that the step looked at among the conditions
@@ -8,59 +8,38 @@ What always holds:
 - one shard of a round is never granted to two workers at a time, and has at most one accepted delta, ever;
 - an acknowledged submission or verdict is on the server's disk (WAITAOF) when `require_fsync` is set;
 - every call may be repeated: a worker that lost an answer asks again and gets the same one;
-- bearer tokens are stored as sha256 only; every call but the lists is O(log n) in shards and leases.
+- every call but the lists is O(log n) in shards and leases.
 
-Every method raises UnreachableError when the server does not answer, BusyError when it cannot write now, and SetupError
-when it is set up so that this cannot work. It does no scheduling and judges no delta.
+Workers are `coordinator.people`. Every method raises what `coordinator.valkey` raises. It does no scheduling and judges
+no delta.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import random
-import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Self
-
-from pydantic import TypeAdapter
-from redis import asyncio as redis
-from redis import exceptions as redis_errors
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
+from typing import Final, Self
 
 from coordinator import leases
 from coordinator import ledger_keys as keys
 from coordinator.leases import Lease
 from coordinator.ledger_types import NoWork, Pulse, RoundStatus, Worker
+from coordinator.people import People
 from coordinator.rounds import Command, Event, Open, RoundFacts, Tick, draft, owed
 from coordinator.rounds import step as step_round
-from rankup.errors import (
-    BusyError,
-    ConflictError,
-    DeniedError,
-    InputError,
-    NotFoundError,
-    SetupError,
-    UnreachableError,
-)
+from coordinator.valkey import ATTEMPTS, Valkey, back_off, lost_every_race
+from rankup.errors import DeniedError, InputError, NotFoundError
 from rankup.message import canonical_json
-from rankup.protocol import ContributorRow, Heartbeat, LeaseState, RoundState
+from rankup.protocol import Heartbeat, LeaseState, RoundState
 from rankup.records import Receipt, RoundRecord, Submission
 from rankup.settings import LedgerSettings
 
 __all__ = ["Ledger", "NoWork", "Pulse", "RoundStatus", "Worker"]
 
-ATTEMPTS: Final = 30
-"""How often a compare-and-set is tried; losing this often in a row means that something is badly wrong."""
 NO_ROUND_RETRY_S: Final = 15.0
 NO_SHARD_RETRY_S: Final = 5.0
 REAP_BATCH: Final = 1000
-CONNECTIONS: Final = 256
-"""Made when needed; a call that waits for an fsync keeps one for up to a second."""
 RECORDS_KEPT: Final = 128
 
 
@@ -76,150 +55,30 @@ class _Surroundings:
     """The lease that the delta in question was handed in with, if it was."""
 
 
-_WORKER: Final = TypeAdapter(Worker)
 _Decide = Callable[[Lease, _Surroundings], leases.Event]
-
-
-@asynccontextmanager
-async def _errors_of_server() -> AsyncIterator[None]:
-    """Turn what the client library raises into errors of the tree."""
-    try:
-        yield
-    except redis_errors.MaxConnectionsError as exc:
-        raise BusyError("too many calls to Valkey at once", remedy="Try again.", retry_after_s=1.0) from exc
-    except (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError) as exc:
-        # A refused handshake comes as a ConnectionError whose cause is the server's answer.
-        refusals = (redis_errors.AuthenticationError, redis_errors.ResponseError)
-        if isinstance(exc, refusals) or isinstance(exc.__cause__, refusals):
-            raise SetupError(
-                f"Valkey refuses the login: {exc}", remedy="Correct the password in RANKUP_LEDGER_URL."
-            ) from exc
-        raise UnreachableError(
-            f"Valkey does not answer: {exc}",
-            remedy="Check that it runs where RANKUP_LEDGER_URL points; nothing is lost, the same call may be repeated.",
-        ) from exc
-    except redis_errors.ResponseError as exc:
-        no_writes = isinstance(exc, redis_errors.OutOfMemoryError | redis_errors.ReadOnlyError)
-        if no_writes or str(exc).startswith(("OOM", "MISCONF", "NOREPLICAS", "BUSY")):
-            raise BusyError(
-                f"Valkey takes no writes now: {exc}", remedy="Look at its log, its memory and its disk; then try again."
-            ) from exc
-        raise SetupError(
-            f"Valkey refuses a command: {exc}",
-            remedy="Use Valkey 8 or Redis 7.2 or newer with an append-only file (`--appendonly yes`).",
-        ) from exc
 
 
 class Ledger:
     """All live state. Make one with `Ledger.connect` inside the event loop that uses it."""
 
-    def __init__(self, client: redis.Redis, settings: LedgerSettings) -> None:
-        self._redis: Any = client
-        self._settings = settings
+    def __init__(self, valkey: Valkey) -> None:
+        self.valkey = valkey
+        self.people = People(valkey)
         # Records never change, and have an entry for each shard: the latest ones are kept.
         self._records: dict[str, RoundRecord] = {}
 
     @classmethod
     async def connect(cls, settings: LedgerSettings) -> Self:
-        """Connect and check that the server answers.
-
-        Raises:
-            SetupError: there is no address, or it makes no sense.
-            UnreachableError: nobody answers there.
-        """
-        url = settings.url.get_secret_value()
-        try:
-            pool = redis.BlockingConnectionPool.from_url(
-                url,
-                max_connections=CONNECTIONS,
-                timeout=settings.timeout_s,
-                socket_timeout=settings.timeout_s,
-                socket_connect_timeout=settings.timeout_s,
-                decode_responses=True,
-                retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
-            )
-        except ValueError as exc:
-            raise SetupError(
-                "RANKUP_LEDGER_URL is not an address of a Valkey server",
-                remedy="Set it to redis://host:port or unix:///path/to/valkey.sock.",
-            ) from exc
-        ledger = cls(redis.Redis.from_pool(pool), settings)
-        try:
-            await ledger.ping()
-        except BaseException:
-            await ledger.close()
-            raise
-        return ledger
+        """As `Valkey.connect`."""
+        return cls(await Valkey.connect(settings))
 
     async def close(self) -> None:
         """Close every connection; the ledger is of no use afterwards."""
-        await self._redis.aclose()
+        await self.valkey.close()
 
     async def ping(self) -> None:
         """Return if the server answers, else raise UnreachableError."""
-        await self._call("PING")
-
-    # -- workers -------------------------------------------------------------------------------------------------------
-
-    async def enrol(self, worker: Worker, token_hash: str) -> None:
-        """Store a worker; enrolling again replaces its token, and the old one is worth nothing.
-
-        Raises:
-            InputError: `token_hash` is not a hex sha256 (a token itself must never get here).
-        """
-        if re.fullmatch(r"[0-9a-f]{64}", token_hash) is None:
-            raise InputError("a worker's token is stored as the hex sha256 of it", remedy="Hash the token first.")
-        key = keys.worker_key(worker.worker_id)
-        for _ in range(ATTEMPTS):
-            old = await self._call("HGET", key, "token")
-            writes = [
-                ["HSET", key, "doc", _WORKER.dump_json(worker).decode(), "token", token_hash],
-                ["HSET", keys.TOKENS, token_hash, worker.worker_id],
-            ]
-            if old is not None and old != token_hash:
-                writes.append(["HDEL", keys.TOKENS, old])
-            if await self._commit([["HGET", key, "token", old]], writes):
-                return
-        raise _lost_every_race(f"worker {worker.worker_id}")
-
-    async def worker_by_token(self, token_hash: str) -> Worker | None:
-        """The worker that this token belongs to, if there is one."""
-        worker_id = await self._call("HGET", keys.TOKENS, token_hash)
-        return None if worker_id is None else await self.worker(worker_id)
-
-    async def worker(self, worker_id: str) -> Worker:
-        """Raises NotFoundError if it never enrolled."""
-        doc = await self._call("HGET", keys.worker_key(worker_id), "doc")
-        if doc is None:
-            raise NotFoundError(f"no worker {worker_id}", remedy="Join first: `rankup worker join`.")
-        return _WORKER.validate_json(doc)
-
-    async def contributions(self, worker_id: str, limit: int = 1000) -> list[Lease]:
-        """The leases with which this worker handed in a delta, newest first."""
-        ids = await self._call("ZREVRANGE", keys.worker_key(worker_id, "contributions"), 0, limit - 1)
-        rows = await self._read(*(["HGETALL", keys.lease_key(lease_id)] for lease_id in ids))
-        return [keys.parse_lease(fields) for fields in rows if fields]
-
-    async def valid_in_a_row(self, worker_id: str) -> int:
-        """Accepted contributions of this worker since the last one that admission refused."""
-        found = await self._call("HGET", keys.worker_key(worker_id, "score"), "valid_in_a_row")
-        return int(found or 0)
-
-    async def leaderboard(self, limit: int = 1000) -> list[ContributorRow]:
-        """Workers with a verdict, by accepted tokens."""
-        ids = await self._call("ZREVRANGE", keys.BOARD, 0, limit - 1)
-        docs = await self._read(*(["HGET", keys.worker_key(worker_id), "doc"] for worker_id in ids))
-        scores = await self._read(*(["HGETALL", keys.worker_key(worker_id, "score")] for worker_id in ids))
-        return [
-            ContributorRow(
-                worker_id=worker_id,
-                name=_WORKER.validate_json(doc).name if doc else worker_id,
-                accepted=int(score.get("accepted", 0)),
-                rejected=int(score.get("rejected", 0)),
-                tokens=int(score.get("tokens", 0)),
-            )
-            for worker_id, doc, score in zip(ids, docs, scores, strict=True)
-        ]
+        await self.valkey.ping()
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 
@@ -246,8 +105,8 @@ class Ledger:
             *keys.round_writes(round_id, 0, facts, now),
             *done,
         ]
-        if not await self._commit([["EXISTS", key, "0"]], writes) and done:
-            await self._commit([], done)
+        if not await self.valkey.commit([["EXISTS", key, "0"]], writes) and done:
+            await self.valkey.commit([], done)
         return await self.round(round_id)
 
     async def record(self, round_id: str) -> RoundRecord:
@@ -260,12 +119,12 @@ class Ledger:
 
     async def rounds(self, limit: int = 100) -> list[RoundStatus]:
         """The newest `limit` rounds, newest first."""
-        return await self._statuses(await self._call("ZREVRANGE", keys.ROUNDS, 0, limit - 1))
+        return await self._statuses(await self.valkey.call("ZREVRANGE", keys.ROUNDS, 0, limit - 1))
 
     async def unfinished(self) -> list[RoundStatus]:
         """Every round that owes its keeper something (`rounds.owed`), oldest first; ended ones too, as long as their
         campaign waits for its next round."""
-        return await self._statuses(await self._call("ZRANGE", keys.UNFINISHED_ROUNDS, 0, -1))
+        return await self._statuses(await self.valkey.call("ZRANGE", keys.UNFINISHED_ROUNDS, 0, -1))
 
     async def apply(self, round_id: str, event: Event, now: float) -> tuple[RoundStatus, tuple[Command, ...]]:
         """Take `event` into the round and store the outcome; the counts of a Tick are read here, whatever it carries.
@@ -282,20 +141,20 @@ class Ledger:
                 return status, commands
             if await self._store_facts(status, facts):
                 return RoundStatus(status.record, facts, status.rev + 1), commands
-            await _back_off(attempt)
-        raise _lost_every_race(f"round {round_id}")
+            await back_off(attempt)
+        raise lost_every_race(f"round {round_id}")
 
     async def receipts(self, round_id: str) -> list[Receipt]:
         """The receipts of the accepted contributions, sorted by contribution: the same list for everybody."""
-        found = await self._call("HVALS", keys.round_key(round_id, "receipts"))
+        found = await self.valkey.call("HVALS", keys.round_key(round_id, "receipts"))
         return sorted((Receipt.model_validate_json(doc) for doc in found), key=lambda r: r.submission.statement.sha256)
 
     async def pending(self, round_id: str, limit: int = 1000) -> list[Submission]:
         """The submissions that await a verdict, oldest first."""
-        ids = await self._call("ZRANGE", keys.round_key(round_id, "pending"), 0, limit - 1)
+        ids = await self.valkey.call("ZRANGE", keys.round_key(round_id, "pending"), 0, limit - 1)
         if not ids:
             return []
-        found = await self._call("HMGET", keys.round_key(round_id, "submissions"), *ids)
+        found = await self.valkey.call("HMGET", keys.round_key(round_id, "submissions"), *ids)
         return [Submission.model_validate_json(doc) for doc in found if doc is not None]
 
     # -- leases --------------------------------------------------------------------------------------------------------
@@ -303,7 +162,7 @@ class Ledger:
     async def claim(self, worker_id: str, now: float) -> Lease | NoWork:
         """A lease of the lowest free shard of the oldest open round, or the lease that this worker holds already."""
         lease_id = f"l-{secrets.token_hex(8)}"
-        reply = await self._call("EVAL", keys.CLAIM_LUA, 0, keys.PREFIX, worker_id, lease_id, f"{now:.6f}")
+        reply = await self.valkey.call("EVAL", keys.CLAIM_LUA, 0, keys.PREFIX, worker_id, lease_id, f"{now:.6f}")
         if reply[0] == 1:
             return keys.parse_lease(dict(zip(reply[1::2], reply[2::2], strict=True)))
         if reply[1] == 0:
@@ -312,7 +171,7 @@ class Ledger:
 
     async def lease(self, lease_id: str) -> Lease:
         """Raises NotFoundError."""
-        fields = await self._call("HGETALL", keys.lease_key(lease_id))
+        fields = await self.valkey.call("HGETALL", keys.lease_key(lease_id))
         if not fields:
             raise NotFoundError(f"no lease {lease_id}", remedy="Claim a new one.")
         return keys.parse_lease(fields)
@@ -406,7 +265,7 @@ class Ledger:
         until = "+inf" if over else repr(now)
         expiry = keys.round_key(round_id, "expiry")
         reaped: list[str] = []
-        while batch := await self._call("ZRANGEBYSCORE", expiry, "-inf", until, "LIMIT", 0, REAP_BATCH):
+        while batch := await self.valkey.call("ZRANGEBYSCORE", expiry, "-inf", until, "LIMIT", 0, REAP_BATCH):
             ended = [lease_id for lease_id in batch if await self._end(lease_id, now, round_over=over)]
             reaped += ended
             if len(batch) < REAP_BATCH or not ended:
@@ -423,7 +282,7 @@ class Ledger:
             return False
         expired, commands = leases.step(lease, leases.Expire(round_over), now)
         # Whoever was faster (a heartbeat, a submission) has saved the lease: no second try.
-        return bool(commands) and await self._commit(_unchanged(lease), keys.lease_writes(expired, commands))
+        return bool(commands) and await self.valkey.commit(_unchanged(lease), keys.lease_writes(expired, commands))
 
     async def _refuse_unjudged(self, status: RoundStatus, now: float) -> None:
         round_id, reason = status.record.round_id, f"the round is {status.facts.state.value}: {status.facts.reason}"
@@ -432,10 +291,10 @@ class Ledger:
             refusal = leases.Judge(submission.statement.sha256, False, reason, status.facts.state)
             lease = await self.lease(submission.statement.lease_id)
             refused, commands = leases.step(lease, refusal, now)
-            await self._commit(_unchanged(lease), keys.lease_writes(refused, commands))
+            await self.valkey.commit(_unchanged(lease), keys.lease_writes(refused, commands))
         after = await self.round(round_id)
         if not owed(after.facts):
-            await self._commit([], [["ZREM", keys.UNFINISHED_ROUNDS, round_id]])
+            await self.valkey.commit([], [["ZREM", keys.UNFINISHED_ROUNDS, round_id]])
 
     async def _change_lease(
         self,
@@ -452,7 +311,7 @@ class Ledger:
         for attempt in range(ATTEMPTS):
             lease = await self.lease(lease_id)
             key, shard = keys.round_key(lease.round_id), str(lease.shard)
-            (state, lease_s), fence, accepted_by, handed_in_with = await self._read(
+            (state, lease_s), fence, accepted_by, handed_in_with = await self.valkey.read(
                 ["HMGET", key, "state", "lease_s"],
                 ["HGET", f"{key}:fences", shard],
                 ["HGET", f"{key}:accepted", shard],
@@ -466,7 +325,7 @@ class Ledger:
                 if durable:
                     # The first call may have failed for want of an fsync, and WAITAOF waits for writes of its own
                     # connection only: it needs one.
-                    await self._commit([], [["SET", keys.BARRIER, lease_id]], durable=True)
+                    await self.valkey.commit([], [["SET", keys.BARRIER, lease_id]], durable=True)
                 return lease, around
             conditions: list[keys.Condition] = [
                 *_unchanged(lease),
@@ -475,15 +334,15 @@ class Ledger:
                 ["HGET", keys.DIGESTS, digest, handed_in_with],
             ]
             writes = keys.lease_writes(changed, commands, submission=submission, receipt=receipt)
-            if await self._commit(conditions, writes, durable=durable):
+            if await self.valkey.commit(conditions, writes, durable=durable):
                 return replace(changed, rev=lease.rev + 1), around
-            await _back_off(attempt)
-        raise _lost_every_race(f"lease {lease_id}")
+            await back_off(attempt)
+        raise lost_every_race(f"lease {lease_id}")
 
     async def _store_facts(self, status: RoundStatus, facts: RoundFacts) -> bool:
         round_id = status.record.round_id
-        created_at = float(await self._call("HGET", keys.round_key(round_id), "created_at"))
-        return await self._commit(
+        created_at = float(await self.valkey.call("HGET", keys.round_key(round_id), "created_at"))
+        return await self.valkey.commit(
             keys.round_conditions(round_id, status.rev, status.facts, facts),
             keys.round_writes(round_id, status.rev, facts, created_at),
         )
@@ -495,7 +354,7 @@ class Ledger:
             key = keys.round_key(round_id)
             reads += [["HGETALL", key], ["ZCARD", f"{key}:free"], ["ZCARD", f"{key}:expiry"]]
             reads += [["ZCARD", f"{key}:pending"], ["HLEN", f"{key}:accepted"]]
-        replies = await self._read(*reads)
+        replies = await self.valkey.read(*reads)
         statuses = []
         for record, start in zip(records, range(0, len(replies), 5), strict=True):
             fields, freed, leased, submitted, accepted = replies[start : start + 5]
@@ -507,7 +366,7 @@ class Ledger:
 
     async def _load_records(self, round_ids: Sequence[str]) -> list[RoundRecord]:
         missing = [round_id for round_id in round_ids if round_id not in self._records]
-        docs = await self._read(*(["GET", keys.round_key(round_id, "record")] for round_id in missing))
+        docs = await self.valkey.read(*(["GET", keys.round_key(round_id, "record")] for round_id in missing))
         for round_id, doc in zip(missing, docs, strict=True):
             if doc is None:
                 raise NotFoundError(f"no round {round_id}")
@@ -517,46 +376,6 @@ class Ledger:
             del self._records[next(iter(self._records))]
         return found
 
-    async def _call(self, *command: Any) -> Any:
-        async with _errors_of_server():
-            return await self._redis.execute_command(*command)
-
-    async def _read(self, *commands: Iterable[str]) -> list[Any]:
-        """Many reads at one moment."""
-        reads = [list(command) for command in commands]
-        return await self._send(reads, transaction=True)
-
-    async def _send(self, commands: Sequence[Sequence[Any]], *, transaction: bool) -> list[Any]:
-        """Send commands down one connection; their replies, or the first error among them."""
-        if not commands:
-            return []
-        async with _errors_of_server(), self._redis.pipeline(transaction=transaction) as pipe:
-            for command in commands:
-                pipe.execute_command(*command)
-            # Left to itself the client would put the whole command into the error's text.
-            replies: list[Any] = await pipe.execute(raise_on_error=False)
-            for reply in replies:
-                if isinstance(reply, Exception):
-                    raise reply
-            return replies
-
-    async def _commit(
-        self, conditions: Sequence[keys.Condition], writes: Sequence[keys.Row], *, durable: bool = False
-    ) -> bool:
-        """Make all writes if all conditions hold, and say whether they did; `durable` waits until they are on disk."""
-        command = ("EVAL", keys.COMMIT_LUA, 0, json.dumps(conditions), json.dumps(writes))
-        if not (durable and self._settings.require_fsync):
-            return bool(await self._call(*command))
-        # The server must give up before the socket does, or a slow disk would look like a dead server.
-        wait_ms = int(self._settings.timeout_s * 800)
-        # One connection for both: WAITAOF waits for the writes of its own connection.
-        made, waited = await self._send([command, ("WAITAOF", 1, 0, wait_ms)], transaction=False)
-        if made and waited[0] < 1:
-            raise BusyError(
-                f"Valkey has not written to its disk within {wait_ms} ms", remedy="Repeat the call.", retry_after_s=2.0
-            )
-        return bool(made)
-
 
 def _check_owner(lease: Lease, worker_id: str) -> None:
     if lease.worker_id != worker_id:
@@ -565,12 +384,3 @@ def _check_owner(lease: Lease, worker_id: str) -> None:
 
 def _unchanged(lease: Lease) -> list[keys.Condition]:
     return [["HGET", keys.lease_key(lease.lease_id), "rev", str(lease.rev)]]
-
-
-def _lost_every_race(what: str) -> ConflictError:
-    return ConflictError(f"{what} changed {ATTEMPTS} times while it was being changed", remedy="Try again.")
-
-
-def _back_off(attempt: int) -> Awaitable[None]:
-    # Full jitter (Brooker, "Exponential backoff and jitter", 2015); it only spreads load, so any generator will do.
-    return asyncio.sleep(random.uniform(0, min(0.1, 0.001 * 2**attempt)))  # noqa: S311

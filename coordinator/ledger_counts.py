@@ -37,16 +37,16 @@ async def report(
     writes.append(["HSET", SEEN, role, repr(now)])
     writes.append(["SET", key, str(number), "EX", str(PROCESS_TTL_S)])
     before = str(number - 1) if number > 1 else None
-    if await ledger._commit([["GET", key, before]], writes):
+    if await ledger.valkey.commit([["GET", key, before]], writes):
         return
-    found = await ledger._call("GET", key)
+    found = await ledger.valkey.call("GET", key)
     if found != str(number):
         # The ledger lost its data, or had not heard of this process for a day.
-        await ledger._commit([["GET", key, found]], writes)
+        await ledger.valkey.commit([["GET", key, found]], writes)
 
 
 async def totals(ledger: Ledger) -> tuple[dict[Cell, float], dict[str, float]]:
     """The totals of all processes, and when each role was last heard of (Unix seconds)."""
-    cells, seen = await ledger._read(["HGETALL", TOTALS], ["HGETALL", SEEN])
+    cells, seen = await ledger.valkey.read(["HGETALL", TOTALS], ["HGETALL", SEEN])
     found = {cell: float(value) for name, value in cells.items() if (cell := parse_cell(name)) is not None}
     return found, {role: float(seen[role]) for role in ROLES if role in seen}

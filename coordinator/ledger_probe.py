@@ -36,9 +36,9 @@ async def server_facts(ledger: Ledger) -> ServerFacts:
     # Each section by itself: of several at once some servers and some permissions refuse all.
     info: dict[str, str] = {}
     for section in ("server", "persistence", "memory", "replication"):
-        info |= _as_words(await ledger._call("INFO", section))
+        info |= _as_words(await ledger.valkey.call("INFO", section))
     try:
-        said = _as_words(await ledger._call("CONFIG", "GET", "appendfsync"))
+        said = _as_words(await ledger.valkey.call("CONFIG", "GET", "appendfsync"))
     except SetupError:
         said = {}
     aof = info.get("aof_enabled")
@@ -60,7 +60,7 @@ async def write_to_disk(ledger: Ledger) -> None:
 
     Raises BusyError where that takes too long, SetupError where the server has no append-only file or no WAITAOF.
     """
-    await ledger._commit([], [["SET", keys.BARRIER, "doctor"]], durable=True)
+    await ledger.valkey.commit([], [["SET", keys.BARRIER, "doctor"]], durable=True)
 
 
 def _as_words(answer: object) -> dict[str, str]:

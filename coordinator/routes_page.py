@@ -109,7 +109,7 @@ async def _render_board(desk: Desk, url: str) -> BoardUpdate:
     try:
         ledger = await desk.ledger()
         rounds = [status.view() for status in await ledger.rounds(ROUNDS_SHOWN)]
-        contributors = await ledger.leaderboard(CONTRIBUTORS_SHOWN)
+        contributors = await ledger.people.leaderboard(CONTRIBUTORS_SHOWN)
     except RankupError as error:
         log.warning("page_incomplete", part="rounds", code=error.code, cause=error.cause)
         missing.append("rounds and contributors")

@@ -106,7 +106,7 @@ async def enrol(request: EnrolRequest, desk: DeskOf) -> Enrolled:
         enrolled_at=now,
     )
     token = secrets.token_urlsafe(TOKEN_BYTES)
-    await (await desk.ledger()).enrol(worker, token_hash(token))
+    await (await desk.ledger()).people.enrol(worker, token_hash(token))
     log.info("worker_enrolled", worker_id=worker.worker_id, device=said.device.kind)
     return Enrolled(worker_id=worker.worker_id, token=token, publisher_key=desk.publisher_key)
 
@@ -224,14 +224,14 @@ async def submit(lease_id: LeaseId, request: SubmitRequest, worker: CallingWorke
 @router.get("/contributions", responses=refusals(401, 403))
 async def contributions(worker: CallingWorker, desk: DeskOf) -> Contributions:
     """Every lease of the calling worker."""
-    leases = await (await desk.ledger()).contributions(worker.worker_id)
+    leases = await (await desk.ledger()).people.contributions(worker.worker_id)
     return Contributions(contributions=tuple(lease.view() for lease in leases))
 
 
 @router.get("/leaderboard", responses=refusals())
 async def leaderboard(desk: DeskOf) -> Leaderboard:
     """Who has contributed what."""
-    return Leaderboard(rows=tuple(await (await desk.ledger()).leaderboard()))
+    return Leaderboard(rows=tuple(await (await desk.ledger()).people.leaderboard()))
 
 
 async def _is_uploaded(desk: Desk, key: str, size_bytes: int) -> bool:

@@ -25,13 +25,22 @@ from rankup.message import (
     Message,
     PublicKey,
     Signature,
+    TeamName,
     canonical_json,
 )
-from rankup.recipe import Recipe
+from rankup.recipe import MAX_RANK, Recipe
 from rankup.targets import Target
 
 PROTOCOL_VERSION = 1
 MAX_TOKENS = 2**40
+
+
+class Tier(Message):
+    """What volunteers with this much memory train: a lower rank needs less."""
+
+    min_memory_gib: Annotated[Finite, Field(ge=0, le=65_536)]
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)]
+    """At most the recipe's; alpha shrinks with it, so that the scaling of the product stays."""
 
 
 class RoundRequest(Message):
@@ -43,12 +52,30 @@ class RoundRequest(Message):
     shards: Annotated[int, Field(ge=1, le=1_000_000)] = 3
     """How many shards of the dataset one round hands out; the next round goes on after them and wraps around."""
     quorum: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Accepted contributions that close the round; default: all of its shards."""
+    """Shards with an accepted contribution that close the round; default: all. Fewer than all is over-provisioning: the
+    round does not wait for its slowest volunteers."""
     min_contributions: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    """Accepted contributions without which the deadline does not close the round but moves."""
+    """Shards with an accepted contribution without which the deadline does not close the round but moves."""
     deadline_s: Annotated[Finite, Field(ge=1, le=31_536_000)] = 86_400.0
+    grace_s: Annotated[Finite, Field(ge=0, le=604_800)] = 300.0
+    """How long a round that closes still waits for volunteers who are training."""
     lease_s: Annotated[Finite, Field(ge=1, le=604_800)] = 1_200.0
     """How long a lease lives without a heartbeat."""
+    lease_target_s: Annotated[Finite, Field(ge=1, le=604_800)] = 1_200.0
+    """How long a lease should take: who is faster gets more shards at once."""
+    max_shards_per_lease: Annotated[int, Field(ge=1, le=256)] = 16
+    copies: Annotated[int, Field(ge=1, le=8)] = 2
+    """How many volunteers may train one shard at a time, once none is free and a second one would be faster."""
+    tiers: Annotated[tuple[Tier, ...], Field(max_length=16)] = ()
+    """Empty: everybody trains the recipe's rank. Else nobody with less memory than the lowest tier gets a lease."""
+    workers: Annotated[tuple[Identifier, ...], Field(max_length=10_000)] = ()
+    """Ids of those who may take part; with `teams` empty too, everybody may."""
+    teams: Annotated[tuple[TeamName, ...], Field(max_length=1_000)] = ()
+    """Teams whose members may take part."""
+    priority: Annotated[Finite, Field(gt=0, le=1_000)] = 1.0
+    """Share of the volunteers that a round gets where several are open."""
+    licence: Annotated[str, StringConstraints(max_length=256)] = ""
+    """Under which contributions are given, as volunteers are told; empty: that of the model."""
     repeat: Annotated[int, Field(ge=1, le=10_000)] = 1
     max_loss_increase: Annotated[Finite, Field(ge=0, le=10)] = 0.02
     """Release gate: the new held-out loss may exceed the parent's by at most this, in nats per token."""
@@ -60,6 +87,12 @@ class RoundRequest(Message):
         quorum = self.quorum or self.shards
         if self.min_contributions > quorum:
             raise ValueError(f"min_contributions {self.min_contributions} is above the quorum {quorum}")
+        return self
+
+    @model_validator(mode="after")
+    def _tiers_below_the_recipe(self) -> RoundRequest:
+        if any(tier.rank > self.recipe.rank for tier in self.tiers):
+            raise ValueError(f"a tier has a higher rank than the recipe ({self.recipe.rank})")
         return self
 
 
@@ -94,6 +127,8 @@ class RoundView(Answer):
     model: Identifier
     dataset: Identifier
     state: RoundState
+    paused: bool = False
+    """No leases are granted until it is resumed; what is being trained goes on."""
     reason: str = ""
     index: int
     """Place in its campaign, from 0."""
@@ -108,10 +143,18 @@ class RoundView(Answer):
     opened_at: float
     closed_at: float | None = None
     free: int = 0
+    """Shards."""
     leased: int = 0
+    """Leases under way; one may hold several shards."""
     submitted: int = 0
+    """Contributions that await their verdict."""
     accepted: int = 0
+    """Shards with an accepted contribution."""
+    contributions: int = 0
+    """Accepted contributions, late ones of earlier rounds included."""
     rejected: int = 0
+    """Contributions."""
+    licence: str = ""
     published_version: int | None = None
     heldout_loss: float | None = None
     parent_heldout_loss: float | None = None
@@ -129,12 +172,22 @@ class DeviceProfile(Message):
     threads: Annotated[int, Field(ge=1, le=4096)] = 1
 
 
+class Standing(StrEnum):
+    """What the organiser says of a worker."""
+
+    MEMBER = "member"
+    WAITING = "waiting"
+    """For the organiser's approval: no leases yet."""
+    BANNED = "banned"
+
+
 class EnrolStatement(Message):
     """Signed by the worker's new key: proof that who enrols holds it."""
 
     public_key: PublicKey
     name: DisplayName
     invite: Annotated[str, StringConstraints(max_length=256)] = ""
+    team: TeamName | Literal[""] = ""
     device: DeviceProfile = DeviceProfile()
     protocol: int = PROTOCOL_VERSION
     issued_at: Annotated[Finite, Field(ge=0, le=1e11)]
@@ -152,6 +205,7 @@ class Enrolled(Answer):
     """Bearer token for every further call; shown once, stored by the server only as a hash."""
     publisher_key: PublicKey
     """The key that signs every version: the worker pins it."""
+    standing: Standing = Standing.MEMBER
 
 
 class BlobLink(Answer):
@@ -162,19 +216,34 @@ class BlobLink(Answer):
     url: str
 
 
+class ClaimRequest(Message):
+    """What a volunteer asks for."""
+
+    models: Annotated[tuple[Identifier, ...], Field(max_length=64)] = ()
+    """Empty: any."""
+    memory_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
+    """What a training may take now; None: all that the device had when its worker enrolled."""
+    available_s: Annotated[Finite, Field(ge=0, le=31_536_000)] | None = None
+    """How long the volunteer's own limits leave it to work; None: they set no end."""
+
+
 class LeaseGrant(Answer):
-    """One shard of one round for one worker."""
+    """Neighbouring shards of one round for one worker."""
 
     lease_id: Identifier
     fence: int
-    """Grows with every grant of the same shard; each later message about the lease repeats it."""
+    """Above that of every earlier grant of any of its shards; each later message about the lease repeats it."""
     round_id: Identifier
     model: Identifier
     base_version: int
     base_manifest: Digest
     shard: int
-    shard_link: BlobLink
+    """The first one."""
+    shards: Annotated[int, Field(ge=1)] = 1
+    """How many: `shard`, `shard + 1`, …; their examples are trained together, in `shards` times the steps."""
+    shard_links: Annotated[tuple[BlobLink, ...], Field(min_length=1)]
     recipe: Recipe
+    """With the rank of the volunteer's tier, and the steps of one shard."""
     seed: int
     """Seeds A and the order of examples; derived from round and lease, so an audit can repeat it."""
     targets: dict[str, Target]
@@ -184,10 +253,24 @@ class LeaseGrant(Answer):
     heartbeat_s: float
 
 
+NoWorkCode = Literal[
+    "no_round",
+    "all_handed_out",
+    "paused",
+    "too_little_memory",
+    "too_little_time",
+    "other_models",
+    "not_listed",
+    "waiting",
+]
+"""Why a volunteer gets no lease, for programs; people read the reason."""
+
+
 class ClaimAnswer(Answer):
     """A lease, or why there is none and when to ask again."""
 
     lease: LeaseGrant | None = None
+    why: NoWorkCode | None = None
     reason: str = ""
     retry_after_s: float = 0.0
 
@@ -257,6 +340,7 @@ class LeaseView(Answer):
     lease_id: Identifier
     round_id: Identifier
     shard: int
+    shards: int = 1
     worker_id: Identifier
     state: LeaseState
     fence: int
@@ -273,6 +357,14 @@ class ContributorRow(Answer):
     accepted: int
     rejected: int
     tokens: int
+    """Accepted."""
+    team: str = ""
+    credit: float = 0.0
+    """Tokens that went into published versions, by the weight that they got."""
+    escrow: float = 0.0
+    """Accepted tokens whose round has not been published yet."""
+    reputation: float | None = None
+    """Lower bound of its rating among the contributors (mu - 3 sigma); None before the first comparison."""
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------

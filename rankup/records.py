@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, StringConstraints
 
 from rankup.message import Digest, DisplayName, Finite, Identifier, Message, PublicKey, Signature, TensorName
-from rankup.protocol import RoundRequest, SubmitStatement
+from rankup.protocol import RoundRequest, RoundState, SubmitStatement
 from rankup.recipe import Recipe, Rule
 from rankup.targets import Role, Target, target_of
 
@@ -79,6 +79,8 @@ class RoundRecord(Message):
     targets: dict[TensorName, Target]
     older_bases: Annotated[tuple[Digest, ...], Field(max_length=64)] = ()
     """Manifests before the base, newest first, that a delta may have been trained on too."""
+    earlier_rounds: Annotated[tuple[Identifier, ...], Field(max_length=64)] = ()
+    """Rounds of the campaign before this one, newest first, whose late deltas this one takes."""
     opened_at: Finite
 
     def staleness(self, base_manifest: str) -> int | None:
@@ -96,6 +98,10 @@ class Submission(Message):
     worker_id: Identifier
     worker_name: DisplayName
     shard: Annotated[int, Field(ge=0)]
+    """The first one, of the round that the statement names."""
+    shards: Annotated[int, Field(ge=1)] = 1
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Of the volunteer's tier, where that is not the recipe's."""
     submitted_at: Finite
 
 
@@ -118,6 +124,27 @@ class Receipt(Message):
     norm: Annotated[Finite, Field(ge=0)] = 0.0
     """Frobenius norm of the whole delta: sqrt of the sum over tensors of |B A|^2."""
     judged_at: Finite
+
+
+class Evaluation(Message):
+    """Held-out loss in nats per completion token."""
+
+    heldout_loss: Finite
+    parent_heldout_loss: Finite | None = None
+    examples: int
+    tokens: int
+
+
+class RoundEnd(Message):
+    """How a round ended; written before the ledger forgets what it owes."""
+
+    format: Literal["rankup.round-end/1"] = "rankup.round-end/1"
+    round_id: Identifier
+    state: Literal[RoundState.PUBLISHED, RoundState.REJECTED, RoundState.CANCELLED]
+    reason: Text = ""
+    published_version: Annotated[int, Field(ge=1)] | None = None
+    evaluation: Evaluation | None = None
+    ended_at: Finite
 
 
 class Member(Message):
@@ -195,20 +222,15 @@ class Term(Message):
     worker_id: Identifier
     worker_name: DisplayName
     shard: Annotated[int, Field(ge=0)]
+    """The first one."""
+    shards: Annotated[int, Field(ge=1)] = 1
     tokens: Annotated[int, Field(ge=1)]
     coefficient: Annotated[int, Field(ge=0, le=2**31)]
     """Integer weight over `2**denominator_log2` of the manifest; 0 for a contribution that was left out."""
     base_manifest: Digest | None = None
     """The version that it was trained on, where that is not the parent."""
-
-
-class Evaluation(Message):
-    """Held-out loss in nats per completion token."""
-
-    heldout_loss: Finite
-    parent_heldout_loss: Finite | None = None
-    examples: int
-    tokens: int
+    round_id: Identifier | None = None
+    """The round that it was trained for, where that is an earlier one."""
 
 
 class Rollback(Message):

@@ -110,6 +110,11 @@ def receipt_key(round_id: str, contribution: str) -> str:
     return f"{receipt_prefix(round_id)}{_hex(contribution)}.json"
 
 
+def round_end_key(round_id: str) -> str:
+    """How a round ended: canonical JSON of a RoundEnd."""
+    return f"rounds/{_name(round_id)}/end.json"
+
+
 def dataset_key(dataset: str) -> str:
     """The card of a dataset."""
     return f"datasets/{_name(dataset)}/card.json"

@@ -184,7 +184,7 @@ class LeaseWork:
         # A link that was signed for an earlier run may have ended; the bytes it led to were checked when they came.
         if not job.shard_file.exists():
             self._client.download(
-                grant.shard_link,
+                grant.shard_links[0],
                 job.shard_file,
                 max_bytes=MAX_SHARD_BYTES,
                 progress=lambda done, total: self._downloading("shard", done, total, heart),

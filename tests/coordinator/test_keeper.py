@@ -200,7 +200,7 @@ async def volunteer(ledger: Ledger, worker_id: str, *, good: bool = True) -> boo
 async def enrol(ledger: Ledger, *names: str) -> None:
     for number, name in enumerate(names):
         person = Worker(name, name, f"{number:064x}", DeviceProfile(), NOW)
-        await ledger.enrol(person, hashlib.sha256(name.encode()).hexdigest())
+        await ledger.people.enrol(person, hashlib.sha256(name.encode()).hexdigest())
 
 
 async def campaign(valkey: ValkeyServer, aggregator: ToyAggregator, *, restart_each_tick: bool = False) -> list[str]:

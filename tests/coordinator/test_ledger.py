@@ -159,18 +159,18 @@ def audit(valkey: ValkeyServer, round_id: str = "r1") -> None:
 
 def test_a_worker_is_found_by_its_token_until_it_enrols_again(valkey: ValkeyServer) -> None:
     async def scenario(ledger: Ledger) -> None:
-        await ledger.enrol(worker(), "a" * 64)
-        assert await ledger.worker_by_token("a" * 64) == worker()
-        await ledger.enrol(worker(name="Ada L."), "b" * 64)
-        assert await ledger.worker_by_token("a" * 64) is None
-        assert await ledger.worker_by_token("b" * 64) == worker(name="Ada L.")
-        await ledger.enrol(worker(name="Ada L."), "b" * 64)
-        assert await ledger.worker_by_token("b" * 64) is not None
-        assert await ledger.worker("w-1") == worker(name="Ada L.")
+        await ledger.people.enrol(worker(), "a" * 64)
+        assert await ledger.people.by_token("a" * 64) == worker()
+        await ledger.people.enrol(worker(name="Ada L."), "b" * 64)
+        assert await ledger.people.by_token("a" * 64) is None
+        assert await ledger.people.by_token("b" * 64) == worker(name="Ada L.")
+        await ledger.people.enrol(worker(name="Ada L."), "b" * 64)
+        assert await ledger.people.by_token("b" * 64) is not None
+        assert await ledger.people.worker("w-1") == worker(name="Ada L.")
         with pytest.raises(NotFoundError):
-            await ledger.worker("w-9")
+            await ledger.people.worker("w-9")
         with pytest.raises(InputError, match="sha256"):
-            await ledger.enrol(worker(), "the token itself")
+            await ledger.people.enrol(worker(), "the token itself")
 
     play(valkey, scenario)
 
@@ -199,7 +199,7 @@ def test_a_campaign_goes_from_claim_to_version_to_the_next_round(valkey: ValkeyS
     async def scenario(ledger: Ledger) -> None:
         await ledger.create_round(record(), NOW)
         for number in range(3):
-            await ledger.enrol(worker(number), f"{number:064x}")
+            await ledger.people.enrol(worker(number), f"{number:064x}")
             lease = await claim(ledger, f"w-{number}")
             await ledger.submit(lease.lease_id, lease.worker_id, submission(lease), NOW)
             _, commands = await ledger.apply("r1", Tick(), NOW + 1)
@@ -224,7 +224,7 @@ def test_a_campaign_goes_from_claim_to_version_to_the_next_round(valkey: ValkeyS
         assert [each.record.round_id for each in await ledger.unfinished()] == ["r1"]
         await ledger.create_round(record("r2", index=1), NOW + 7, after="r1")
         assert [each.record.round_id for each in await ledger.unfinished()] == ["r2"]
-        assert [(row.worker_id, row.name, row.accepted, row.tokens) for row in await ledger.leaderboard()] == [
+        assert [(row.worker_id, row.name, row.accepted, row.tokens) for row in await ledger.people.leaderboard()] == [
             (f"w-{number}", "Ada", 1, 50) for number in (2, 1, 0)
         ]
 
@@ -275,7 +275,7 @@ def test_a_round_does_not_go_on_past_a_submission_that_came_in_between(valkey: V
         await ledger.submit(late.lease_id, "w-2", submission(late), NOW)
         folding = replace(seen.facts, state=RoundState.AGGREGATING)
         stale = keys.round_conditions("r1", seen.rev, seen.facts, folding)
-        assert not await ledger._commit(stale, [["SET", "rk1:never", "1"]])
+        assert not await ledger.valkey.commit(stale, [["SET", "rk1:never", "1"]])
         status, _ = await ledger.apply("r1", Tick(), NOW)
         assert status.facts.state is RoundState.CLOSING
 
@@ -313,7 +313,7 @@ def test_64_claimers_on_300_shards_never_hold_one_shard_twice(valkey: ValkeyServ
         await asyncio.gather(*(volunteer(number) for number in range(64)))
         assert sorted(accepted) == list(range(300))
         assert counts(await ledger.round("r1")) == (0, 0, 0, 300, 0)
-        assert sum(row.accepted for row in await ledger.leaderboard()) == 300
+        assert sum(row.accepted for row in await ledger.people.leaderboard()) == 300
 
     play(valkey, scenario)
 
@@ -466,7 +466,7 @@ def test_one_verdict_told_many_times_at_once_counts_once(valkey: ValkeyServer, a
         verdict = receipt(lease, accepted=accepted)
         verdicts = (ledger.judge(lease.lease_id, verdict, NOW) for _ in range(8))
         assert len(set(await asyncio.gather(*verdicts))) == 1
-        [row] = await ledger.leaderboard()
+        [row] = await ledger.people.leaderboard()
         assert (row.accepted, row.rejected, row.tokens) == ((1, 0, 50) if accepted else (0, 1, 0))
 
     play(valkey, scenario)
@@ -503,7 +503,7 @@ def test_a_rejected_delta_frees_its_shard(valkey: ValkeyServer) -> None:
         assert (await ledger.judge(lease.lease_id, no, NOW)).state is LeaseState.REJECTED
         assert (await claim(ledger, "w-2")).fence == 2
         assert counts(await ledger.round("r1")) == (0, 1, 0, 0, 1)
-        assert [(row.accepted, row.rejected, row.tokens) for row in await ledger.leaderboard()] == [(0, 1, 0)]
+        assert [(row.accepted, row.rejected, row.tokens) for row in await ledger.people.leaderboard()] == [(0, 1, 0)]
 
     play(valkey, scenario)
 
@@ -523,8 +523,8 @@ def test_submitting_twice_is_one_submission_also_after_the_verdict(valkey: Valke
         await ledger.judge(lease.lease_id, receipt(lease), NOW)
         again = await ledger.submit(lease.lease_id, "w-1", submission(lease), NOW)
         assert again.state is LeaseState.ACCEPTED
-        assert await ledger.contributions("w-1") == [again]
-        assert [row.accepted for row in await ledger.leaderboard()] == [1]
+        assert await ledger.people.contributions("w-1") == [again]
+        assert [row.accepted for row in await ledger.people.leaderboard()] == [1]
 
     play(valkey, scenario, require_fsync=True)
 
@@ -607,8 +607,8 @@ def test_a_round_that_is_being_folded_takes_no_more_deltas(valkey: ValkeyServer)
 
 def test_names_keep_every_letter(valkey: ValkeyServer) -> None:
     async def scenario(ledger: Ledger) -> None:
-        await ledger.enrol(worker(name='Žofie "Ω" \\ 李'), "a" * 64)
-        assert (await ledger.worker("w-1")).name == 'Žofie "Ω" \\ 李'
+        await ledger.people.enrol(worker(name='Žofie "Ω" \\ 李'), "a" * 64)
+        assert (await ledger.people.worker("w-1")).name == 'Žofie "Ω" \\ 李'
 
     play(valkey, scenario)
 

@@ -93,8 +93,8 @@ def test_a_round_of_calls_needs_no_address_but_the_gateway(world: World) -> None
     round_id = world.open_round(shards=1)["round_id"]
     ada = world.join()
     lease = world.claim(ada)
-    assert lease.shard_link.url == f"v1/blobs/{lease.shard_link.sha256}"
-    assert sha256(world.http.get("/" + lease.shard_link.url).content) == lease.shard_link.sha256
+    assert lease.shard_links[0].url == f"v1/blobs/{lease.shard_links[0].sha256}"
+    assert sha256(world.http.get("/" + lease.shard_links[0].url).content) == lease.shard_links[0].sha256
     ticket = ask(world, lease, ada.auth)
     assert ticket["url"].startswith(f"v1/uploads/{lease.lease_id}/{sha256(DELTA)}?")
     assert ticket["headers"] == {"Content-Length": str(len(DELTA))}
@@ -118,9 +118,9 @@ def test_the_workers_client_moves_bytes_both_ways_and_shows_its_token_to_neither
     request = UploadRequest(fence=granted.lease.fence, sha256=sha256(DELTA), size_bytes=len(DELTA))
     with GatewayClient(str(world.http.base_url), token=token, policy=RetryPolicy(0.0)) as client:
         client._storage.event_hooks = {"request": [lambda sent: seen.append(sent.headers)]}
-        client.download(granted.lease.shard_link, tmp_path / "shard", max_bytes=MIB, progress=lambda *_: None)
+        client.download(granted.lease.shard_links[0], tmp_path / "shard", max_bytes=MIB, progress=lambda *_: None)
         client.upload(granted.lease.lease_id, request, file, progress=lambda *_: None)
-    assert sha256((tmp_path / "shard").read_bytes()) == granted.lease.shard_link.sha256
+    assert sha256((tmp_path / "shard").read_bytes()) == granted.lease.shard_links[0].sha256
     assert world.store.get(upload_key(granted.lease.lease_id, sha256(DELTA)), max_bytes=MIB) == DELTA
     assert [("authorization" in headers) for headers in seen] == [False, False]
 

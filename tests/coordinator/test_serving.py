@@ -77,8 +77,8 @@ def test_a_round_goes_through_serve_valkey_and_s3(world: World) -> None:
     assert opened.status_code == 201, opened.text
     ada = world.join()
     lease = world.claim(ada)
-    shard = httpx2.get(lease.shard_link.url).content
-    assert sha256(shard) == lease.shard_link.sha256
+    shard = httpx2.get(lease.shard_links[0].url).content
+    assert sha256(shard) == lease.shard_links[0].sha256
     assert world.http.get(f"/v1/blobs/{card.shards[0].sha256}", follow_redirects=True).content
     assert put_by_ticket(world, lease, ada.auth, b"a delta").status_code == 200
     url = f"/v1/leases/{lease.lease_id}/submit"

@@ -98,10 +98,12 @@ class FakeGateway:
             base_version=3,
             base_manifest=BASE_MANIFEST,
             shard=len(self.granted),
-            shard_link=BlobLink(
-                sha256=hashlib.sha256(self.announced).hexdigest(),
-                size_bytes=len(self.announced),
-                url=f"{self.url}/storage/shard",
+            shard_links=(
+                BlobLink(
+                    sha256=hashlib.sha256(self.announced).hexdigest(),
+                    size_bytes=len(self.announced),
+                    url=f"{self.url}/storage/shard",
+                ),
             ),
             recipe=self.recipe,
             seed=11,
