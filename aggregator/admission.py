@@ -25,6 +25,7 @@ from rankup.delta import DeltaHeader, DeltaReader, check_structure
 from rankup.errors import BusyError, DeltaError, InputError, IntegrityError, TooLargeError
 from rankup.records import Check, Receipt, RoundRecord, Submission
 from rankup.signing import verify, worker_id_of
+from rankup.targets import targets_at_tier
 
 MAX_NORM = 1e9
 """A delta with a larger Frobenius norm comes from a diverged run; below it no sum of a round leaves float32."""
@@ -83,23 +84,26 @@ def _size(case: Case) -> Finding:
 
 
 def _round(case: Case) -> Finding:
-    statement, record = case.submission.statement, case.record
-    if statement.round_id != record.round_id:
+    """Its round is this one, or an earlier one whose late deltas this one takes: that one's record knows its shards."""
+    submission, statement, record = case.submission, case.submission.statement, case.record
+    if statement.round_id != record.round_id and statement.round_id not in record.earlier_rounds:
         return Finding(f"the delta was made for round {statement.round_id}, not for {record.round_id}")
     staleness = record.staleness(statement.base_manifest)
     if staleness is None:
         return Finding(f"the delta was trained on version {statement.base_manifest[:12]}…, not on a base of the round")
-    if case.submission.shard >= len(record.shards):
-        return Finding(f"shard {case.submission.shard} is not one of the round's {len(record.shards)} shards")
+    last = submission.shard + submission.shards - 1
+    if statement.round_id == record.round_id and last >= len(record.shards):
+        return Finding(f"shard {last} is not one of the round's {len(record.shards)} shards")
     return Finding(value=staleness)
 
 
 def _work(case: Case) -> Finding:
-    """Tokens are the weight of a contribution, so nobody may claim more than the recipe can process."""
+    """Tokens are the weight of a contribution, so nobody may claim more than the recipe can process in their shards."""
     statement, recipe = case.submission.statement, case.record.request.recipe
-    if statement.steps > recipe.steps:
-        return Finding(f"{statement.steps} steps are stated; the recipe has {recipe.steps}", statement.steps)
-    limit = recipe.steps * recipe.batch_size * recipe.max_tokens
+    steps = recipe.steps * case.submission.shards
+    if statement.steps > steps:
+        return Finding(f"{statement.steps} steps are stated; the recipe has {steps}", statement.steps)
+    limit = steps * recipe.batch_size * recipe.max_tokens
     if statement.tokens > limit:
         return Finding(f"{statement.tokens} tokens are stated; the recipe allows {limit}", statement.tokens)
     return Finding(value=statement.tokens)
@@ -131,8 +135,11 @@ def _digest(case: Case) -> Finding:
 
 
 def _structure(case: Case) -> Finding:
-    """Header, names, shapes, ranks, exponents, stored maxima: all of `rankup.delta`'s rules."""
-    statement, record, recipe = case.submission.statement, case.record, case.record.request.recipe
+    """Header, names, shapes, ranks, exponents, stored maxima: all of `rankup.delta`'s rules. Ranks are at most those of
+    the volunteer's tier; lower ones are welcome as in any round."""
+    statement, record = case.submission.statement, case.record
+    recipe = record.request.recipe
+    targets = targets_at_tier(record.targets, recipe, case.submission.rank)
     expected = DeltaHeader(
         model=record.request.model,
         round_id=statement.round_id,
@@ -143,7 +150,7 @@ def _structure(case: Case) -> Finding:
         with DeltaReader.open(case.path) as reader:
             check_structure(
                 reader,
-                targets=record.targets,
+                targets=targets,
                 header=expected,
                 partial=recipe.partial,
                 mantissa_bits=recipe.mantissa_bits,

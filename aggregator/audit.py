@@ -1,4 +1,4 @@
-"""Audits: a shard is trained once more, and the two deltas are compared by angle, not by bits.
+"""Audits: the shards of a contribution are trained once more, and the two deltas are compared by angle, not by bits.
 
     chosen(secret, contribution, consecutive_valid) -> whether this contribution is audited
     agreement(left, right, names) -> cosine of two whole deltas
@@ -14,7 +14,7 @@ What always holds:
   without the secret can tell before;
 - the verdict depends on the products alone, so another rank, or other factors with the same product, agree.
 
-It does not train the shard again, and does not remember workers: callers do.
+It does not train the shards again, and does not remember workers: callers do.
 
 The limit lies between what rounding does and what skipped work does. Cosine of a delta (25 steps of 4 rows of
 docstrings, rank 8) with another, on one x86-64 CPU, in float32 where nothing else is said:
@@ -27,7 +27,7 @@ docstrings, rank 8) with another, on one x86-64 CPU, in float32 where nothing el
     another seed, the same shard           0.391
     another seed, another shard            0.368               0.066
 
-To repeat it, write `worker.job.Job` files that differ in `threads`, `recipe.steps`, `shard_file` or `seed`, run
+To repeat it, write `worker.job.Job` files that differ in `threads`, `recipe.steps`, `shard_files` or `seed`, run
 `python -m worker.trainer JOB.json` on each and give pairs to `agreement`. A GPU trains in bfloat16 by itself. The
 learning rates were 5e-3 and 5e-4. Longer runs may drift further: measure before you audit rounds of many more steps. A
 delta that was only made longer has the same angle: that is what the clip is for.
@@ -76,5 +76,5 @@ def agreement(left: Source, right: Source, names: Sequence[str]) -> float:
 def judge(cosine: float, limit: float = MIN_AGREEMENT) -> Check:
     """The check "audit": passed where the repetition agrees to `limit` at least."""
     passed = cosine >= limit
-    detail = "" if passed else f"training the shard again gives a delta at cosine {cosine:.4f}; {limit} is the least"
+    detail = "" if passed else f"training the shards again gives a delta at cosine {cosine:.4f}; {limit} is the least"
     return Check(name="audit", passed=passed, value=cosine, detail=detail)

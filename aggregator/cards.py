@@ -202,7 +202,10 @@ def _contributions(manifest: Manifest) -> list[str]:
     rows = ["| contributor | shard | tokens | weight | contribution |", "|---|---|---|---|---|"]
     for term in manifest.terms[:MAX_CARD_ROWS]:
         weight = f"{term.coefficient}/{denominator}"
-        cells = (code(term.worker_name), str(term.shard), f"{term.tokens:,}", weight, code(term.contribution[:_SHORT]))
+        shard = str(term.shard) if term.shards == 1 else f"{term.shard}-{term.shard + term.shards - 1}"
+        if term.round_id is not None:
+            shard += f" of {code(term.round_id)}"
+        cells = (code(term.worker_name), shard, f"{term.tokens:,}", weight, code(term.contribution[:_SHORT]))
         rows.append(f"| {' | '.join(cells)} |")
     more = len(manifest.terms) - MAX_CARD_ROWS
     rest = [f"And {more} more, listed in the manifest."] if more > 0 else []

@@ -64,14 +64,16 @@ class Measured:
 def accepted_receipts(record: RoundRecord, receipts: Sequence[Receipt]) -> list[Receipt]:
     """Those that count, sorted by contribution.
 
-    Raises StateError when no receipt is an accepted one, IntegrityError for a receipt of another round or base.
+    Raises StateError when no receipt is an accepted one, IntegrityError for a receipt of a round or base that this
+    round does not take.
     """
     accepted = {r.submission.statement.sha256: r for r in receipts if r.accepted}
     if not accepted:
         raise StateError(f"round {record.round_id} has no accepted contribution to fold")
+    rounds = {record.round_id, *record.earlier_rounds}
     for digest, receipt in accepted.items():
         statement = receipt.submission.statement
-        if statement.round_id != record.round_id or record.staleness(statement.base_manifest) is None:
+        if statement.round_id not in rounds or record.staleness(statement.base_manifest) is None:
             raise IntegrityError(f"contribution {digest[:12]}… belongs to another round or base")
     return [accepted[digest] for digest in sorted(accepted)]
 
@@ -192,6 +194,7 @@ def _candidate(receipt: Receipt, measured: Measured) -> Candidate:
         tokens=statement.tokens,
         submitted_at=receipt.submission.submitted_at,
         norm=receipt.norm,
+        shards=receipt.submission.shards,
         loss=measured.losses.get(statement.sha256),
         descent=measured.descents.get(statement.sha256),
     )
@@ -281,7 +284,7 @@ def terms_of(record: RoundRecord, cohort: Cohort, receipts: Sequence[Receipt]) -
     terms = []
     for member in cohort.members:
         submission = by_digest[member.contribution]
-        base = submission.statement.base_manifest
+        base, made_for = submission.statement.base_manifest, submission.statement.round_id
         terms.append(
             Term(
                 contribution=member.contribution,
@@ -289,9 +292,11 @@ def terms_of(record: RoundRecord, cohort: Cohort, receipts: Sequence[Receipt]) -
                 worker_id=submission.worker_id,
                 worker_name=submission.worker_name,
                 shard=submission.shard,
+                shards=submission.shards,
                 tokens=submission.statement.tokens,
                 coefficient=member.coefficient,
                 base_manifest=None if base == record.base_manifest else base,
+                round_id=None if made_for == record.round_id else made_for,
             )
         )
     return tuple(terms)

@@ -29,7 +29,7 @@ MAX_RECEIPT_BYTES = 256 * 1024
 
 
 Audit = Callable[[Path], Check]
-"""Trains the shard of a delta again and compares."""
+"""Trains the shards of a delta again and compares."""
 
 
 def admit(
@@ -55,7 +55,7 @@ def admit(
     if before is not None and before.submission.statement.lease_id == statement.lease_id:
         store.delete(upload)
         return before
-    taken = before is not None and before.accepted
+    taken = (before is not None and before.accepted) or _accepted_before(store, record, submission)
     with tempfile.TemporaryDirectory(prefix="rankup-admit-") as folder:
         path = Path(folder) / "delta"
         refusal = _download(store, upload, path, submission, max_delta_bytes)
@@ -79,6 +79,15 @@ def admit(
         store.swap(key, canonical_json(receipt), etag=etag)
     store.delete(upload)
     return receipt
+
+
+def _accepted_before(store: Store, record: RoundRecord, submission: Submission) -> bool:
+    """Whether a late delta was accepted in its own round after all, or by another round that took it."""
+    statement = submission.statement
+    if statement.round_id == record.round_id:
+        return False
+    keys = (receipt_key(round_id, statement.sha256) for round_id in record.earlier_rounds)
+    return any(found is not None and found[0].accepted for found in (_stored_receipt(store, key) for key in keys))
 
 
 def _with(receipt: Receipt, check: Check) -> Receipt:

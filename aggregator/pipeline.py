@@ -58,7 +58,7 @@ LOSSES_A_TASK = 16
 class Pipeline:
     """What the keeper needs done with a round. All times are Unix seconds.
 
-    `retrain` trains a shard again where the settings ask for audits; None: nothing is audited.
+    `retrain` trains shards again where the settings ask for audits; None: nothing is audited.
     """
 
     def __init__(
@@ -76,8 +76,7 @@ class Pipeline:
 
     async def admit(self, record: RoundRecord, submission: Submission, now: float, valid_in_a_row: int) -> Receipt:
         """Judge a delta, keep it if it is good, and write the receipt: see `aggregator.intake.admit`."""
-        audited = self._audits(record, submission, valid_in_a_row)
-        parent = await asyncio.to_thread(self._base, record) if audited else None
+        trained_in = await asyncio.to_thread(self._audited, record, submission, valid_in_a_row)
         receipt: Receipt = await tasks.result_of(
             tasks.admit_task.remote(
                 self._store_wire,
@@ -85,7 +84,7 @@ class Pipeline:
                 submission,
                 self._settings.max_delta_bytes,
                 now,
-                parent,
+                trained_in,
                 self._retrain,
                 self._cache,
             )
@@ -174,12 +173,23 @@ class Pipeline:
             descents={digest: value for part in found for digest, value in part.descents.items()},
         )
 
-    def _audits(self, record: RoundRecord, submission: Submission, valid_in_a_row: int) -> bool:
-        if self._retrain is None or submission.statement.base_manifest != record.base_manifest:
-            return False
+    def _audited(
+        self, record: RoundRecord, submission: Submission, valid_in_a_row: int
+    ) -> tuple[RoundRecord, Manifest] | None:
+        """If the delta is to be audited: the round that it was trained for, and the version that it was trained on."""
+        statement = submission.statement
+        age = record.staleness(statement.base_manifest)
+        if self._retrain is None or age is None:
+            return None
         # Ed25519 signatures are deterministic: the same secret after a restart, and nobody else has it.
         secret = bytes.fromhex(sign_bytes(load_private_key(self._publisher_key_file), "audit", b""))
-        return chosen(secret, submission.statement.sha256, valid_in_a_row)
+        if not chosen(secret, statement.sha256, valid_in_a_row):
+            return None
+        late = statement.round_id != record.round_id
+        trained_in = tasks.stored_round(self._store(), statement.round_id) if late else record
+        if trained_in is None:
+            return None
+        return trained_in, self._load(record.request.model, record.base_version - age, statement.base_manifest)
 
     def _store(self) -> Store:
         return tasks.store_from_wire(self._store_wire)
@@ -190,10 +200,6 @@ class Pipeline:
     def _parent(self, record: RoundRecord) -> Manifest:
         """What the round's sum is added to."""
         return parent_of_round(self._store(), record, publisher_key=self._public_key()).manifest
-
-    def _base(self, record: RoundRecord) -> Manifest:
-        """What the round's volunteers trained on."""
-        return self._load(record.request.model, record.base_version, record.base_manifest)
 
     def _before(self, manifest: Manifest) -> Manifest:
         return self._load(manifest.model, manifest.version - 1, manifest.parent or "")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,8 @@ class Candidate:
     """Unix seconds, by the gateway's clock."""
     norm: float
     """Frobenius norm of the whole delta."""
+    shards: int = 1
+    """How many it was trained on: as many times the steps."""
     loss: float | None = None
     """Held-out loss of base + delta, in nats per scored token; None where it was not measured."""
     descent: float | None = None
@@ -95,10 +97,10 @@ def screen(
             checks.append(check)
     if max_loss_mads is not None:
         compared = [place for place, checks in enumerate(found) if all(check.passed for check in checks)]
-        limit = _loss_limit([cohort[place].loss for place in compared], base_loss, max_loss_mads)
+        limit_for = _loss_limits([cohort[place] for place in compared], base_loss, max_loss_mads)
         for candidate, checks in zip(cohort, found, strict=True):
             if candidate.loss is not None:
-                checks.append(_heldout(candidate.loss, limit))
+                checks.append(_heldout(candidate.loss, limit_for(candidate.shards)))
     if min_descent is not None:
         compared = [place for place, checks in enumerate(found) if all(check.passed for check in checks)]
         least = _descent_limit([_slope(cohort[place]) for place in compared], min_descent)
@@ -162,9 +164,27 @@ def _near_duplicates(cohort: Sequence[Candidate], gram: NDArray[np.float64], lim
     return [checks[place] for place in range(len(cohort))]
 
 
-def _loss_limit(losses: Sequence[float | None], base_loss: float | None, mads: float) -> float:
-    """median + mads · MAD of the finite losses; infinity where there are fewer than `MIN_COMPARED`."""
-    known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+def _loss_limits(compared: Sequence[Candidate], base_loss: float | None, mads: float) -> Callable[[int], float]:
+    """The highest good loss of a contribution, by its number of shards: more shards are more steps and a lower loss.
+
+    It is `_loss_limit` of those trained on half as many shards to as many; where they are too few, of those trained on
+    as many or fewer; where they are too few too, of everybody, but no lower than the base's loss.
+    """
+    known = [(each.shards, each.loss) for each in compared if each.loss is not None and math.isfinite(each.loss)]
+
+    def limit_for(shards: int) -> float:
+        for least in (shards / 2, 0):
+            peers = [loss for count, loss in known if least <= count <= shards]
+            if len(peers) >= MIN_COMPARED:
+                return _loss_limit(peers, base_loss, mads)
+        everybody = _loss_limit([loss for _, loss in known], base_loss, mads)
+        return math.inf if base_loss is None else max(everybody, base_loss)
+
+    return limit_for
+
+
+def _loss_limit(known: Sequence[float], base_loss: float | None, mads: float) -> float:
+    """median + mads · MAD of finite losses; infinity where there are fewer than `MIN_COMPARED`."""
     if len(known) < MIN_COMPARED:
         return math.inf
     median = statistics.median(known)
@@ -199,6 +219,6 @@ def _heldout(loss: float, limit: float) -> Check:
     if not math.isfinite(loss):
         return Check(name="heldout", passed=False, detail="the held-out loss with this delta is not finite")
     if loss > limit:
-        detail = f"the held-out loss with this delta is {loss:.4f}; the cohort's limit is {limit:.4f}"
+        detail = f"the held-out loss with this delta is {loss:.4f}; the limit beside its like is {limit:.4f}"
         return Check(name="heldout", passed=False, value=loss, detail=detail)
     return Check(name="heldout", passed=True, value=loss)

@@ -52,11 +52,14 @@ _KINDS: Final = {
         "manifest": rf"models/{_NAME}/versions/(\d{{6,9}})\.json",
         "round": rf"rounds/{_NAME}/round\.json",
         "cohort": rf"rounds/{_NAME}/cohort\.json",
+        "end": rf"rounds/{_NAME}/end\.json",
+        "submission": rf"rounds/{_NAME}/submissions/{_NAME}\.json",
         "draft": rf"rounds/{_NAME}/(?:folded\.json|fold/[0-9a-f]{{64}}/\d{{5,9}}\.json)",
         "receipt": rf"rounds/{_NAME}/receipts/{_HEX}\.json",
         "card": rf"datasets/{_NAME}/card\.json",
         "heldout": rf"datasets/{_NAME}/heldout/{_HEX}\.jsonl",
         "upload": rf"uploads/{_NAME}/{_HEX}\.delta",
+        "people": r"organiser/(?:actions|workers)/[^/]+\.json",
     }.items()
 }
 _DIGEST: Final = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")

@@ -65,7 +65,7 @@ Purpose = Literal["loss", "descent"]
 """What contributions are measured for: see `aggregator.losses` and `aggregator.descent`."""
 
 Retrain = Callable[[Store, RoundRecord, Submission, Path, Path], Path]
-"""(store, record, submission, base folder, scratch folder): trains a shard again; the delta's path."""
+"""(store, record, submission, base folder, scratch folder): trains a lease's shards again; the delta's path."""
 
 
 P = ParamSpec("P")
@@ -137,15 +137,16 @@ def _admit(
     submission: Submission,
     max_delta_bytes: int,
     now: float,
-    parent: Manifest | None,
+    trained_in: tuple[RoundRecord, Manifest] | None,
     retrain: Retrain | None,
     folder: Path,
 ) -> Receipt:
-    """`parent` and `retrain` are given where the delta is to be audited."""
+    """`trained_in` and `retrain` are given where the delta is to be audited: the round that it was trained for, earlier
+    than `record` where it is late, and the version that it was trained on."""
     store = store_from_wire(store_wire)
     audit = None
-    if parent is not None and retrain is not None:
-        audit = partial(_audit, store, record, parent, submission, retrain, folder)
+    if trained_in is not None and retrain is not None:
+        audit = partial(_audit, store, *trained_in, submission, retrain, folder)
     return admit(store, record, submission, max_delta_bytes=max_delta_bytes, now=now, audit=audit)
 
 
@@ -168,7 +169,7 @@ def _audit(
         except FatalError as exc:
             # Trouble of this machine (no room, a missing library) is no verdict on the volunteer's work.
             log.warning("audit_failed", contribution=submission.statement.sha256, cause=exc.cause)
-            return Check(name="audit", passed=True, detail=f"the shard could not be trained again: {exc.cause}"[:4096])
+            return Check(name="audit", passed=True, detail=f"the shards could not be trained again: {exc.cause}"[:4096])
         with DeltaReader.open(delta) as left, DeltaReader.open(again) as right:
             return judge(agreement(factors_of(left), factors_of(right), sorted(record.targets)))
 
@@ -309,14 +310,20 @@ def _loss_known(
     before = parent.evaluation
     if before is None or parent.round_id is None or parent.recipe is None:
         return None
-    try:
-        data = store.get(round_key(parent.round_id), max_bytes=MAX_RECORD_BYTES)
-        dataset = RoundRecord.model_validate_json(data).request.dataset
-    except (NotFoundError, ValidationError):
+    its_round = stored_round(store, parent.round_id)
+    if its_round is None:
         return None
-    same_rows = dataset == card.dataset and card.created_at <= parent.created_at
+    same_rows = its_round.request.dataset == card.dataset and card.created_at <= parent.created_at
     same_way = parent.recipe.max_tokens == recipe.max_tokens and (before.examples, before.tokens) == scored
     return before.heldout_loss if same_rows and same_way else None
+
+
+def stored_round(store: Store, round_id: str) -> RoundRecord | None:
+    """The record of a round; None where there is none that can be read."""
+    try:
+        return RoundRecord.model_validate_json(store.get(round_key(round_id), max_bytes=MAX_RECORD_BYTES))
+    except (NotFoundError, ValidationError):
+        return None
 
 
 admit_task = ray.remote(num_cpus=1)(_admit)

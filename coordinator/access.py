@@ -30,14 +30,19 @@ from coordinator.catalogue import Catalogue
 from coordinator.gauges import Gauges
 from coordinator.ledger import Ledger, Worker
 from coordinator.metrics import Tally
+from coordinator.people import require_welcome
 from coordinator.reporter import Reporter
 from coordinator.spool import Spool
 from coordinator.tickets import TicketSigner
+from coordinator.vouchers import VoucherSigner
+from coordinator.watched import Watched
 from rankup.errors import DeniedError, UnauthenticatedError
 from rankup.settings import CoordinatorSettings
 from rankup.store import Store
 
 MAX_TOKEN_CHARS = 512
+SHORT_HASH = 16
+"""Hex digits of a token's sha256 that tell it from others and are of no other use."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,9 +74,13 @@ class Desk:
         """Only where the gateway takes the uploads itself."""
         if deps.settings.transfer == "proxied":
             self.tickets = TicketSigner(deps.settings.organiser_token.get_secret_value())
+        organiser_token = deps.settings.organiser_token.get_secret_value()
+        self.vouchers = VoucherSigner(organiser_token) if organiser_token else None
+        """Only where there is an organiser's token to sign with."""
         self.tally = Tally()
         self.reporter = Reporter(self.tally, self.ledger, role="gateway", clock=deps.clock)
         self.gauges = Gauges(self.ledger, self.catalogue, clock=deps.clock)
+        self.watched = Watched(self.ledger, clock=deps.clock)
         self._connect_ledger = deps.connect_ledger
         self._ledger: Ledger | None = None
         self._attempt: asyncio.Task[Ledger] | None = None
@@ -112,8 +121,13 @@ def desk_of(request: Request) -> Desk:
     return desk
 
 
+async def _the_desk(request: Request) -> Desk:
+    """`desk_of` as a coroutine: FastAPI would send a plain function to a thread, with every request."""
+    return desk_of(request)
+
+
 bearer = HTTPBearer(auto_error=False, description="A worker's token (from enrolling) or the organiser's token.")
-DeskOf = Annotated[Desk, Depends(desk_of)]
+DeskOf = Annotated[Desk, Depends(_the_desk)]
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 
 
@@ -127,7 +141,8 @@ def same_secret(given: str, kept: str) -> bool:
     return hmac.compare_digest(token_hash(given), token_hash(kept))
 
 
-def _token(credentials: HTTPAuthorizationCredentials | None) -> str:
+def token_of(credentials: HTTPAuthorizationCredentials | None) -> str:
+    """The bearer token. Raises UnauthenticatedError where there is none."""
     token = credentials.credentials.strip() if credentials is not None else ""
     if not token or len(token) > MAX_TOKEN_CHARS:
         raise UnauthenticatedError(
@@ -149,36 +164,38 @@ async def require_worker(desk: DeskOf, credentials: Credentials) -> Worker:
     """The enrolled worker that calls.
 
     Raises:
-        UnauthenticatedError: no token, or an unknown one.
-        DeniedError: the organiser's token.
+        UnauthenticatedError: no token, one that is unknown or has run out.
+        DeniedError: the organiser's token, or the worker is banned.
     """
-    token = _token(credentials)
+    token = token_of(credentials)
     if _is_organiser(desk, token):
         raise DeniedError("This is the organiser's token; leases belong to workers.", remedy="Use a worker's token.")
-    worker = await (await desk.ledger()).people.by_token(token_hash(token))
+    worker = await (await desk.ledger()).people.by_token(token_hash(token), desk.clock())
     if worker is None:
         raise UnauthenticatedError(_UNKNOWN)
+    require_welcome(worker)
     structlog.contextvars.bind_contextvars(worker_id=worker.worker_id)
     return worker
 
 
-async def require_organiser(desk: DeskOf, credentials: Credentials) -> None:
-    """Return if the organiser calls.
+async def require_organiser(request: Request, desk: DeskOf, credentials: Credentials) -> None:
+    """Return if the organiser calls; `request.state.organiser` tells which token it was, for the record of the call.
 
     Raises:
         UnauthenticatedError: no token, or an unknown one.
         DeniedError: a worker's token.
     """
-    token = _token(credentials)
+    token = token_of(credentials)
     if _is_organiser(desk, token):
+        request.state.organiser = token_hash(token)[:SHORT_HASH]
         return
     remedy = "Use the organiser's token of this server."
-    if await (await desk.ledger()).people.by_token(token_hash(token)) is not None:
+    if await (await desk.ledger()).people.by_token(token_hash(token), desk.clock()) is not None:
         raise DeniedError("This is a worker's token; only the organiser may do this.", remedy=remedy)
     raise UnauthenticatedError(_UNKNOWN, remedy=remedy)
 
 
-async def require_scraper(desk: DeskOf, credentials: Credentials) -> None:
+async def require_scraper(request: Request, desk: DeskOf, credentials: Credentials) -> None:
     """Return if the organiser calls, or somebody with the token for metrics.
 
     Raises:
@@ -186,9 +203,9 @@ async def require_scraper(desk: DeskOf, credentials: Credentials) -> None:
         DeniedError: a worker's token.
     """
     kept = desk.settings.metrics_token.get_secret_value()
-    if kept and same_secret(_token(credentials), kept):
+    if kept and same_secret(token_of(credentials), kept):
         return
-    await require_organiser(desk, credentials)
+    await require_organiser(request, desk, credentials)
 
 
 CallingWorker = Annotated[Worker, Depends(require_worker)]

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rankup.protocol import ContributorRow, RoundState, RoundView, VersionView
+from rankup.membership import TeamRow
+from rankup.protocol import ContributorRow, LeaseProgress, LeasesAtWork, RoundState, RoundView, VersionView
 
 CHART_WIDTH, CHART_HEIGHT = 520, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 14, 34
 """Room around the plotted area for labels, in the chart's own units."""
 MAX_POINTS = 60
 X_LABELS = 6
+WORKERS_SHOWN = 8
+"""Of those who are training a round."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,32 @@ class Part:
 
 
 @dataclass(frozen=True)
+class WorkRow:
+    """A lease under way."""
+
+    name: str
+    shards: str
+    done: float
+    """Percent."""
+    steps: str
+    loss: str
+    left: str
+    """How long it will take, in words."""
+
+
+@dataclass(frozen=True)
 class RoundBoard:
     view: RoundView
+    state: str
+    """Pill of the page: `open`, `paused`, `published`, ..."""
     parts: tuple[Part, ...]
     place: str
     when: str
     """Since when, or until when, in words."""
     opened: str
+    work: tuple[WorkRow, ...] = ()
+    more_work: int = 0
+    """Leases under way that are not listed."""
 
 
 @dataclass(frozen=True)
@@ -119,44 +141,56 @@ def model_board(name: str, versions: Sequence[VersionView], now: float) -> Model
     )
 
 
-def round_board(view: RoundView, now: float) -> RoundBoard:
-    """A round with its shards as pieces of a bar, most finished first."""
-    counts = (
-        ("accepted", view.accepted),
-        ("submitted", view.submitted),
-        ("training", view.leased),
-        ("free", view.free),
-    )
-    # A shard with a late submission is counted twice, so the sum may exceed the number of shards.
-    total = max(1, sum(count for _, count in counts))
+def round_board(view: RoundView, now: float, work: LeasesAtWork | None = None) -> RoundBoard:
+    """A round with its shards as pieces of a bar, most finished first, and those who are training it."""
     parts, start = [], 0.0
-    for name, count in counts:
-        width = 100 * count / total
+    for name, count in view.whereabouts().items():
+        width = 100 * count / view.shards
         parts.append(Part(name, count, round(start, 3), round(width, 3)))
         start += width
     opened = ago(now - view.opened_at)
-    if view.state is RoundState.OPEN:
+    if view.state is RoundState.OPEN and view.paused:
+        when = f"opened {opened}; while it is paused, no shards are handed out and the deadline waits"
+    elif view.state is RoundState.OPEN:
         left = view.deadline_at - now
         when = f"closes in {span(left)} at the latest" if left > 0 else "deadline reached"
     else:
         when = f"opened {opened}"
+    listed = work.leases[:WORKERS_SHOWN] if work is not None and not view.state.ended else ()
     return RoundBoard(
         view=view,
+        state="paused" if view.paused and not view.state.ended else view.state.value,
         parts=tuple(parts),
         place=f"{view.index + 1} of {view.repeat}" if view.repeat > 1 else "",
         when=when,
         opened=opened,
+        work=tuple(work_row(lease, work.at) for lease in listed) if work is not None else (),
+        more_work=max(0, work.total - len(listed)) if work is not None and listed else 0,
     )
 
 
-def current_round(rounds: Sequence[RoundView]) -> RoundView | None:
-    """The newest round that has not ended, else the newest one; `rounds` are newest first."""
-    return next((view for view in rounds if not view.state.ended), rounds[0] if rounds else None)
+def work_row(lease: LeaseProgress, now: float) -> WorkRow:
+    """A lease under way, in words and per cent."""
+    last = lease.shard + lease.shards - 1
+    return WorkRow(
+        name=shown(lease.name),
+        shards=str(lease.shard) if lease.shards == 1 else f"{lease.shard}–{last}",
+        done=round(100 * min(1.0, lease.step / max(1, lease.steps)), 1),
+        steps=f"{lease.step}/{lease.steps}",
+        loss="–" if lease.loss is None else f"{lease.loss:.3f}",
+        left="–" if lease.done_at is None else brief_span(lease.done_at - now),
+    )
 
 
-def contributor(row: ContributorRow) -> tuple[str, str, int, int, str]:
-    """Name, id, accepted, rejected, tokens as shown."""
-    return shown(row.name), row.worker_id, row.accepted, row.rejected, short(row.tokens)
+def contributor(row: ContributorRow) -> tuple[str, str, str, str, str, int, int]:
+    """Name, team, id, credit, tokens in escrow, accepted, rejected, as shown."""
+    team = shown(row.team) if row.team else ""
+    return shown(row.name), team, row.worker_id, short(row.credit), short(row.escrow), row.accepted, row.rejected
+
+
+def team(row: TeamRow) -> tuple[str, int, str]:
+    """Name, members, credit as shown."""
+    return shown(row.team), row.members, short(row.credit)
 
 
 def shown(text: str) -> str:
@@ -180,6 +214,14 @@ def span(seconds: float) -> str:
             count = int(seconds // size)
             return f"{count} {unit}{'' if count == 1 else 's'}"
     return "less than a minute"
+
+
+def brief_span(seconds: float) -> str:
+    """A length of time for a narrow column."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return "< 1 min"
 
 
 def ago(seconds: float) -> str:

@@ -7,7 +7,10 @@ What always holds for a cluster that is started here:
   stray `worker.py` would be executed. The caller's own working folder is as before when `start_cluster` returns;
 - the workers import the same `rankup` as this process, installed or from a checkout;
 - after `stop_cluster` no process and no temporary folder of it is left. If this process is killed, the kernel ends
-  Ray's processes; the folder is removed at the next start.
+  Ray's daemons; the next start ends what outlived them and removes the folder.
+
+Ray cannot start a daemon of its head again, and ends this process a minute after its control service has died.
+`lost_daemon` says so in time: the cluster must then be stopped, and Ray wants a fresh process for the next one.
 
 With an address (argument or `RAY_ADDRESS`) the process joins that cluster instead: its token comes from the
 environment, as Ray documents it, and stopping only disconnects.
@@ -61,6 +64,8 @@ class _Running:
     cluster: Cluster
     temp_dir: Path | None
     environment_before: dict[str, str | None]
+    daemons: dict[str, Any]
+    """Name -> process of what an own cluster cannot live without."""
     serve: bool = False
 
 
@@ -111,6 +116,7 @@ def start_cluster(
             common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.WARNING}
             if address is None:
                 _remove_leftover(folder)
+                _end_orphans(token_file(state_dir))
                 # Short: the paths of Ray's sockets begin with it, and the kernel allows 107 bytes.
                 temp_dir = Path(tempfile.mkdtemp(prefix="rankup-ray-", dir="/tmp"))
                 (folder / "temp-folder").write_text(str(temp_dir))
@@ -130,7 +136,7 @@ def start_cluster(
                 signal.signal(signal.SIGTERM, on_sigterm)
         except BaseException as exc:
             if ray is not None:
-                _take_down(temp_dir)
+                _take_down(temp_dir, token_file(state_dir))
             _set(before)
             if not isinstance(exc, Exception) or isinstance(exc, SetupError):
                 raise
@@ -143,7 +149,7 @@ def start_cluster(
         finally:
             os.chdir(folder_before)
         cluster = Cluster(address=str(context.address_info["gcs_address"]), owned=address is None, state_dir=state_dir)
-        _running = _Running(cluster, temp_dir, before)
+        _running = _Running(cluster, temp_dir, before, {} if temp_dir is None else _daemons(temp_dir))
         return cluster
 
 
@@ -167,6 +173,24 @@ def start_serve(host: str, port: int) -> None:
         _running.serve = True
 
 
+def lost_daemon() -> str | None:
+    """Name of a daemon without which the cluster that was started here is dead; None while all of them live."""
+    running = _running
+    return None if running is None else _ended(running.daemons)
+
+
+def _ended(daemons: dict[str, Any]) -> str | None:
+    import psutil
+
+    for name, process in daemons.items():
+        # Its parent is this process, which does not wait for it: what has ended stays there as a zombie.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                continue
+        return name
+    return None
+
+
 def stop_cluster() -> None:
     """End the cluster that `start_cluster` started, or leave the one it joined. Fine where there is none."""
     global _running
@@ -175,7 +199,8 @@ def stop_cluster() -> None:
             return
         running, _running = _running, None
         try:
-            _take_down(running.temp_dir)
+            lost = _ended(running.daemons) is not None
+            _take_down(running.temp_dir, token_file(running.cluster.state_dir), polite=not lost)
         finally:
             _set(running.environment_before)
 
@@ -215,6 +240,8 @@ def _environment(state_dir: Path, *, own: bool) -> dict[str, str | None]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": None,
             "RAY_AUTH_TOKEN_PATH": str(token_file(state_dir)),
+            # Nobody gets in without Serve's proxy: a dead one is replaced after three looks, by default 10 s apart.
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": os.environ.get("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1"),
         }
     return wanted
 
@@ -272,8 +299,49 @@ def _processes_of(temp_dir: Path) -> list[Any]:
     return list(found.values())
 
 
-def _take_down(temp_dir: Path | None) -> None:
-    """Disconnect; for an own cluster also wait for its processes, end those that stay, and remove its folder."""
+def _daemons(temp_dir: Path) -> dict[str, Any]:
+    """The control service and the node's manager of the cluster with this folder."""
+    found: dict[str, Any] = {}
+    for process in _processes_of(temp_dir):
+        name = process.name()
+        if name in ("gcs_server", "raylet"):
+            found[name] = process
+    return found
+
+
+def _end_orphans(token: Path) -> None:
+    """End the workers whose raylet has died: they do not notice, and a keeper among them would go on.
+
+    They are known by the token of this state folder and by the raylet, which Ray writes into their environment.
+    """
+    import psutil
+
+    orphans = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            variables = process.environ()
+            ours = variables.get("RAY_AUTH_TOKEN_PATH") == str(token) and "RAY_RAYLET_PID" in variables
+            if ours and not _is_raylet(int(variables["RAY_RAYLET_PID"])):
+                process.kill()
+                orphans.append(process)
+    psutil.wait_procs(orphans, timeout=STOP_S)
+
+
+def _is_raylet(pid: int) -> bool:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return bool(process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _take_down(temp_dir: Path | None, token: Path, *, polite: bool = True) -> None:
+    """Disconnect; for an own cluster also wait for its processes, end those that stay, and remove its folder.
+
+    Not `polite`: the cluster is dead, and Ray would wait for it.
+    """
     ray = sys.modules.get("ray")
     if temp_dir is None:
         if ray is not None:
@@ -282,15 +350,16 @@ def _take_down(temp_dir: Path | None) -> None:
     import psutil
 
     processes = _processes_of(temp_dir)
-    if ray is not None:
+    if ray is not None and polite:
         ray.shutdown()
     known = {each.pid for each in processes}
     processes += [each for each in _processes_of(temp_dir) if each.pid not in known]
-    _, alive = psutil.wait_procs(processes, timeout=STOP_S)
+    _, alive = psutil.wait_procs(processes, timeout=STOP_S if polite else 0)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=STOP_S)
+    _end_orphans(token)
     shutil.rmtree(temp_dir, ignore_errors=True)
 
 

@@ -11,11 +11,29 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 import rankup
+from rankup.membership import (
+    Action,
+    ActionLog,
+    Approved,
+    ApproveRequest,
+    BanRequest,
+    Invite,
+    InviteRequest,
+    Invites,
+    Leaderboard,
+    NewInvite,
+    NewToken,
+    PeoplePage,
+    Person,
+    TeamRow,
+)
 from rankup.message import Message
 from rankup.protocol import (
     PROTOCOL_VERSION,
     BlobLink,
     ClaimAnswer,
+    ClaimRequest,
+    CloseRequest,
     ContributorRow,
     DeviceProfile,
     Enrolled,
@@ -24,15 +42,19 @@ from rankup.protocol import (
     Heartbeat,
     HeartbeatAnswer,
     LeaseGrant,
+    LeaseProgress,
+    LeasesAtWork,
     LeaseState,
     LeaseView,
     Pointer,
     Problem,
+    RestoreRequest,
     ReturnRequest,
     RoundRequest,
     RoundState,
     RoundView,
     ServerInfo,
+    Standing,
     SubmitRequest,
     SubmitStatement,
     UploadRequest,
@@ -47,6 +69,7 @@ _KEY, _DIGEST, _DELTA, _PARENT, _SIGNATURE = "d7" * 32, "3b" * 32, "5e" * 32, "1
 _ROUND, _LEASE, _WORKER = "tiny-r0001-9f3c2a", "l-4f2a9c1b7d3e5f60", "w-2b9d6c1e8f405a73"
 _OPENED_AT = 1_767_225_600.0
 _BYTES = 4_915_200
+_VOUCHER = f"eyJmZW5jZSI6MywibGVhc2VfaWQiOiJsLTRmMmE5YzFiN2QzZTVmNjAifQ.{_PARENT}"
 _RECIPE = Recipe(rank=8, steps=25)
 
 EXAMPLES: Final[dict[str, Message]] = {
@@ -60,8 +83,13 @@ EXAMPLES: Final[dict[str, Message]] = {
         ),
         signature=_SIGNATURE,
     ),
+    "/v1/invites": InviteRequest(uses=20, team="lovelace", note="for the seminar"),
+    "/v1/people/approve": ApproveRequest(workers=(_WORKER,)),
+    "/v1/people/{worker_id}/ban": BanRequest(reason="copies of other people's deltas"),
+    "/v1/leases": ClaimRequest(models=("tiny",), memory_bytes=8 * 1024**3, available_s=14_400.0),
     "/v1/leases/{lease_id}/heartbeat": Heartbeat(fence=3, step=12, loss=2.93, tokens_per_s=410.0),
     "/v1/leases/{lease_id}/return": ReturnRequest(fence=3, reason="the machine is needed for a game"),
+    "/v1/leases/{lease_id}/restore": RestoreRequest(voucher=_VOUCHER),
     "/v1/leases/{lease_id}/upload": UploadRequest(fence=3, sha256=_DELTA, size_bytes=_BYTES),
     "/v1/leases/{lease_id}/submit": SubmitRequest(
         statement=SubmitStatement(
@@ -79,6 +107,7 @@ EXAMPLES: Final[dict[str, Message]] = {
         ),
         signature=_SIGNATURE,
     ),
+    "/v1/rounds/{round_id}/close": CloseRequest(grace=True, last=False),
     "/v1/rounds": RoundRequest(model="tiny", dataset="pydocs", recipe=_RECIPE, shards=3, repeat=4),
 }
 """Path of a POST -> a body for it."""
@@ -98,6 +127,7 @@ _GRANT = LeaseGrant(
     max_delta_bytes=8_388_608,
     expires_at=_OPENED_AT + 1_260,
     heartbeat_s=15.0,
+    voucher=_VOUCHER,
 )
 _LEASE_VIEW = LeaseView(
     lease_id=_LEASE,
@@ -153,7 +183,44 @@ _CARD = DatasetCard(
     heldout=BlobRef(sha256=_DELTA, size_bytes=20_480),
     created_at=_OPENED_AT - 3_600,
 )
-_ROW = ContributorRow(worker_id=_WORKER, name="ada", accepted=12, rejected=1, tokens=117_600)
+_ROW = ContributorRow(
+    worker_id=_WORKER,
+    name="ada",
+    accepted=12,
+    rejected=1,
+    tokens=117_600,
+    team="lovelace",
+    credit=98_000.0,
+    escrow=9_800.0,
+    reputation=7.5,
+)
+_PERSON = Person(
+    **_ROW.model_dump(),
+    standing=Standing.MEMBER,
+    device=DeviceProfile(kind="cuda", name="RTX 3060", memory_bytes=12 * 1024**3, threads=8),
+    enrolled_at=_OPENED_AT - 86_400,
+    seen_at=_OPENED_AT,
+    valid_in_a_row=11,
+)
+_INVITE = Invite(
+    invite_id="i-4f2a9c1b",
+    sha256=_PARENT,
+    uses=20,
+    left=17,
+    team="lovelace",
+    note="for the seminar",
+    made_at=_OPENED_AT - 86_400,
+    expires_at=_OPENED_AT + 518_400,
+)
+_ACTION = Action(
+    what="ban",
+    by="9c1b7d3e5f604f2a",
+    address="192.0.2.7",
+    request_id="5e2d9a7c31f0b846",
+    subject={"worker_id": _WORKER},
+    arguments={"reason": "copies of other people's deltas"},
+    at=_OPENED_AT + 60,
+)
 
 PROBLEM: Final = Problem(
     type="https://rankup.dev/problems/wrong-state",
@@ -185,8 +252,34 @@ _MODELS: Final[tuple[BaseModel, ...]] = (
     ),
     _LEASE_VIEW,
     _ROUND_VIEW,
+    LeasesAtWork(
+        round_id=_ROUND,
+        at=_OPENED_AT + 93.0,
+        total=1,
+        leases=(
+            LeaseProgress(
+                name="ada",
+                shard=1,
+                step=12,
+                steps=25,
+                loss=2.93,
+                tokens_per_s=410.0,
+                granted_at=_OPENED_AT + 60,
+                seen_at=_OPENED_AT + 90,
+                done_at=_OPENED_AT + 122.5,
+            ),
+        ),
+    ),
     Pointer(model="tiny", version=1, manifest=_DIGEST, updated_at=_OPENED_AT + 4_000),
     Retained(model="tiny"),
+    NewToken(token="shown-once-and-then-only-its-hash-is-kept", expires_at=_OPENED_AT + 7_776_000),  # noqa: S106
+    NewInvite(code="i-4f2a9c1b-0f1e2d3c4b5a69788796", invite=_INVITE),
+    Invites(invites=(_INVITE,)),
+    Approved(workers=(_WORKER,)),
+    _PERSON,
+    PeoplePage(people=(_PERSON,)),
+    ActionLog(actions=(_ACTION,)),
+    Leaderboard(rows=(_ROW,), teams=(TeamRow(team="lovelace", members=3, credit=131_000.0),)),
 )
 
 
@@ -202,6 +295,5 @@ ANSWERS: Final[dict[str, Any]] = {
     "Datasets": {"datasets": [_json(_CARD)]},
     "Rounds": {"rounds": [_json(_ROUND_VIEW)]},
     "Contributions": {"contributions": [_json(_LEASE_VIEW)]},
-    "Leaderboard": {"rows": [_json(_ROW)]},
 }
 """Name of an answer's model -> an example of it."""

@@ -2,8 +2,10 @@
 
     layers.py          what sees every request first: size, request id, security headers, crashes
     exchange.py        one request as it is counted and logged
+    ratelimit.py       how many calls of each kind
     access.py          tokens
-    routes_worker.py   enrol, claim, heartbeat, return, upload, submit
+    routes_people.py   join, leaderboard; invites, approvals, bans; people.py, people_*.py, actions.py, audited.py
+    routes_worker.py   claim, heartbeat, return, restore, upload, submit; vouchers.py, adopting.py
     routes_upload.py   deltas that come through the gateway; tickets.py, spool.py
     routes_round.py    look at rounds; open, close and cancel them
     routes_model.py    models, versions, blobs, datasets, health; blobs.py
@@ -23,10 +25,20 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from coordinator import openapi, routes_metrics, routes_model, routes_page, routes_round, routes_upload, routes_worker
+from coordinator import (
+    openapi,
+    routes_metrics,
+    routes_model,
+    routes_page,
+    routes_people,
+    routes_round,
+    routes_upload,
+    routes_worker,
+)
 from coordinator.access import Desk, GatewayDeps
 from coordinator.layers import BodyLimit, Envelope
 from coordinator.problems import install_handlers
+from coordinator.ratelimit import RateLimit
 
 __all__ = ["GatewayDeps", "create_app"]
 
@@ -52,10 +64,12 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     )
     app.state.desk = desk
     install_handlers(app)
-    for module in (routes_model, routes_worker, routes_upload, routes_round, routes_page, routes_metrics):
+    rooms = (routes_model, routes_worker, routes_people, routes_upload, routes_round, routes_page, routes_metrics)
+    for module in rooms:
         app.include_router(module.router)
     openapi.install(app)
     # The last one added is the outermost: even a refusal of BodyLimit carries the request id and the headers.
     app.add_middleware(BodyLimit, max_bytes=deps.settings.max_body_bytes, streams=routes_upload.is_upload)
+    app.add_middleware(RateLimit, settings=deps.settings, tally=desk.tally)
     app.add_middleware(Envelope, tally=desk.tally)
     return app

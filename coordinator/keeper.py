@@ -25,9 +25,11 @@ from typing import Any, Protocol
 import ray
 import structlog
 
+from coordinator.ending import end_of, keep_end
 from coordinator.ledger import Ledger, RoundStatus
 from coordinator.metrics import Tally
 from coordinator.opening import open_round
+from coordinator.people_settling import SETTLE_S, Bookkeeper
 from coordinator.reporter import Reporter
 from coordinator.rounds import (
     Admit,
@@ -42,10 +44,13 @@ from coordinator.rounds import (
     Publish,
     Published,
     ReapLeases,
+    Recorded,
+    RecordEnd,
     Tick,
     owed,
 )
 from coordinator.stages import MeasuredAggregator
+from coordinator.unjudged import forget_submission
 from rankup.errors import ConflictError, NotFoundError, RankupError, RetryableError, StateError
 from rankup.logs import configure_server
 from rankup.message import canonical_json
@@ -69,7 +74,8 @@ class Aggregator(Protocol):
     """What the keeper needs done with contributions; each method may be repeated after a crash and gives the same."""
 
     async def admit(self, record: RoundRecord, submission: Submission, now: float, valid_in_a_row: int) -> Receipt:
-        """Judge a delta and write the receipt to object storage; `valid_in_a_row` is the worker's record so far."""
+        """Judge a delta and write the receipt to object storage; `valid_in_a_row` is the worker's record so far, less
+        where its reputation is bad (`reputation.trust`)."""
 
     async def fold(self, record: RoundRecord, receipts: Sequence[Receipt], now: float) -> Manifest:
         """Add the accepted contributions to the base, or to the latest version where only undone or re-signed versions
@@ -204,7 +210,10 @@ class Keeper:
                     return
                 await self._report(record, Published(pointer.version))
                 log.info("version_published", model=pointer.model, version=pointer.version)
-            case OpenNext(index=index):
+            case RecordEnd():
+                await asyncio.to_thread(keep_end, self._store, end_of(record.round_id, facts, self._clock()))
+                await self._report(record, Recorded())
+            case OpenNext(index=index, paused=paused):
                 await open_round(
                     self._ledger,
                     self._store,
@@ -212,10 +221,11 @@ class Keeper:
                     index=index,
                     previous=record,
                     now=self._clock(),
+                    paused=paused,
                     publisher_key=self._publisher_key,
                 )
 
-    async def _report(self, record: RoundRecord, event: Folded | Evaluated | Published | Overtaken) -> None:
+    async def _report(self, record: RoundRecord, event: Folded | Evaluated | Published | Overtaken | Recorded) -> None:
         await self._ledger.apply(record.round_id, event, self._clock())
 
     async def _admit(self, record: RoundRecord) -> None:
@@ -225,9 +235,10 @@ class Keeper:
             async with gate:
                 if self._stopping:
                     return
-                trusted = await self._ledger.people.valid_in_a_row(submission.worker_id)
+                trusted = await self._ledger.people.scores.trust(submission.worker_id, record.request.model)
                 receipt = await self._aggregator.admit(record, submission, self._clock(), trusted)
                 lease = await self._ledger.judge(submission.statement.lease_id, receipt, self._clock())
+                await asyncio.to_thread(forget_submission, self._store, record.round_id, submission)
             log.info(
                 "contribution_judged",
                 lease_id=lease.lease_id,
@@ -281,6 +292,8 @@ class KeeperActor:
         self._keeper = Keeper(ledger, store, MeasuredAggregator(aggregator, tally), publisher_key=publisher_key)
         loop: Coroutine[Any, Any, None] = self._keeper.run(settings.tick_s)
         self._loop = asyncio.create_task(loop)
+        books: Coroutine[Any, Any, None] = Bookkeeper(ledger, store, publisher_key).run(SETTLE_S)
+        self._books = asyncio.create_task(books)
 
     async def alive(self) -> bool:
         """Whether the loop runs; raises what ended it."""

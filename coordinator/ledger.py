@@ -2,10 +2,11 @@
 
 The rules stand in `coordinator.leases` and `coordinator.rounds`, the layout of the keys in `coordinator.ledger_keys`.
 A change goes: read, step (pure), store by compare-and-set with every key that the step looked at among the conditions
-(`lua/commit.lua`), and again from the start if somebody else was faster. Claiming is one script (`lua/claim.lua`).
+(`lua/commit.lua`), and again from the start if somebody else was faster. Claiming is `coordinator.claims`.
 
 What always holds:
-- one shard of a round is never granted to two workers at a time, and has at most one accepted delta, ever;
+- one shard of a round is never granted to more workers at a time than the round allows copies, and has at most one
+  accepted delta, ever;
 - an acknowledged submission or verdict is on the server's disk (WAITAOF) when `require_fsync` is set;
 - every call may be repeated: a worker that lost an answer asks again and gets the same one;
 - every call but the lists is O(log n) in shards and leases.
@@ -16,158 +17,93 @@ no delta.
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Self
+from typing import Final
 
 from coordinator import leases
 from coordinator import ledger_keys as keys
+from coordinator.beats import Taken, take_beat
+from coordinator.claims import Claims
+from coordinator.late import opens_soon, taker_of
 from coordinator.leases import Lease
+from coordinator.ledger_rounds import RoundLedger
 from coordinator.ledger_types import NoWork, Pulse, RoundStatus, Worker
+from coordinator.matching import Seeker
+from coordinator.pace import mean_speed
 from coordinator.people import People
-from coordinator.rounds import Command, Event, Open, RoundFacts, Tick, draft, owed
-from coordinator.rounds import step as step_round
+from coordinator.rounds import owed
 from coordinator.valkey import ATTEMPTS, Valkey, back_off, lost_every_race
-from rankup.errors import DeniedError, InputError, NotFoundError
-from rankup.message import canonical_json
+from rankup.errors import BusyError, DeniedError, InputError, NotFoundError
 from rankup.protocol import Heartbeat, LeaseState, RoundState
 from rankup.records import Receipt, RoundRecord, Submission
-from rankup.settings import LedgerSettings
 
 __all__ = ["Ledger", "NoWork", "Pulse", "RoundStatus", "Worker"]
 
-NO_ROUND_RETRY_S: Final = 15.0
-NO_SHARD_RETRY_S: Final = 5.0
+TAKER_RETRY_S: Final = 15.0
+"""How soon a late delta may be offered again while its campaign is between two rounds."""
 REAP_BATCH: Final = 1000
-RECORDS_KEPT: Final = 128
 
 
 @dataclass(frozen=True)
 class _Surroundings:
     """What a step of a lease looks at besides the lease."""
 
+    record: RoundRecord
+    """Of the round whose shards the lease holds."""
     round_state: RoundState
-    lease_s: float
-    newest_fence: int
+    held: bool
+    """Some lease holds one of its shards."""
     accepted_by: str | None
+    """A lease whose delta one of its shards already has."""
     handed_in_with: str | None
     """The lease that the delta in question was handed in with, if it was."""
+    taker: RoundStatus | None
+    """The round that takes its delta after the end of its own, if one does."""
+    taker_soon: bool
+    """Whether there will be one."""
+
+    def steps(self, lease: Lease) -> int:
+        """Those of the whole lease."""
+        return self.record.request.recipe.steps * lease.shards
 
 
 _Decide = Callable[[Lease, _Surroundings], leases.Event]
 
 
-class Ledger:
+class Ledger(RoundLedger):
     """All live state. Make one with `Ledger.connect` inside the event loop that uses it."""
 
     def __init__(self, valkey: Valkey) -> None:
-        self.valkey = valkey
+        super().__init__(valkey)
         self.people = People(valkey)
-        # Records never change, and have an entry for each shard: the latest ones are kept.
-        self._records: dict[str, RoundRecord] = {}
+        self._claims = Claims(valkey, self.records)
 
-    @classmethod
-    async def connect(cls, settings: LedgerSettings) -> Self:
-        """As `Valkey.connect`."""
-        return cls(await Valkey.connect(settings))
+    async def claim(self, worker_id: str, now: float, seeker: Seeker | None = None) -> Lease | NoWork:
+        """As `Claims.claim`; by default for somebody who takes anything."""
+        return await self._claims.claim(worker_id, now, seeker or Seeker())
 
-    async def close(self) -> None:
-        """Close every connection; the ledger is of no use afterwards."""
-        await self.valkey.close()
+    async def live_leases(self, now: float) -> int:
+        """As `Claims.live`."""
+        return await self._claims.live(now)
 
-    async def ping(self) -> None:
-        """Return if the server answers, else raise UnreachableError."""
-        await self.valkey.ping()
-
-    # -- rounds --------------------------------------------------------------------------------------------------------
-
-    async def create_round(
-        self, record: RoundRecord, now: float, *, as_draft: bool = False, after: str | None = None
-    ) -> RoundStatus:
-        """Store a round and open it (unless `as_draft`); one that exists stays as it is.
-
-        `after` names the round before it in the campaign: with this one stored, that one owes nothing more.
-        """
-        facts = draft(record)
-        if not as_draft:
-            facts, _ = step_round(facts, Open(), now)
-        round_id = record.round_id
-        key = keys.round_key(round_id)
-        request = record.request
-        done = [["ZREM", keys.UNFINISHED_ROUNDS, after]] if after is not None else []
-        fresh = ["shards", str(facts.shards), "lease_s", repr(request.lease_s), "next", "0", "rejected", "0"]
-        writes = [
-            ["HSET", key, *fresh, "created_at", repr(now)],
-            ["SET", keys.round_key(round_id, "record"), canonical_json(record).decode()],
-            ["ZADD", keys.ROUNDS, repr(now), round_id],
-            ["ZADD", keys.UNFINISHED_ROUNDS, repr(now), round_id],
-            *keys.round_writes(round_id, 0, facts, now),
-            *done,
-        ]
-        if not await self.valkey.commit([["EXISTS", key, "0"]], writes) and done:
-            await self.valkey.commit([], done)
-        return await self.round(round_id)
-
-    async def record(self, round_id: str) -> RoundRecord:
-        """What was fixed when the round opened. Raises NotFoundError."""
-        return (await self._load_records([round_id]))[0]
-
-    async def round(self, round_id: str) -> RoundStatus:
-        """The round as it is now. Raises NotFoundError."""
-        return (await self._statuses([round_id]))[0]
-
-    async def rounds(self, limit: int = 100) -> list[RoundStatus]:
-        """The newest `limit` rounds, newest first."""
-        return await self._statuses(await self.valkey.call("ZREVRANGE", keys.ROUNDS, 0, limit - 1))
-
-    async def unfinished(self) -> list[RoundStatus]:
-        """Every round that owes its keeper something (`rounds.owed`), oldest first; ended ones too, as long as their
-        campaign waits for its next round."""
-        return await self._statuses(await self.valkey.call("ZRANGE", keys.UNFINISHED_ROUNDS, 0, -1))
-
-    async def apply(self, round_id: str, event: Event, now: float) -> tuple[RoundStatus, tuple[Command, ...]]:
-        """Take `event` into the round and store the outcome; the counts of a Tick are read here, whatever it carries.
+    async def takes_late(self, lease: Lease) -> bool:
+        """Whether a later round takes the delta of a lease whose round has ended.
 
         Raises:
-            NotFoundError: there is no such round.
-            StateError: the round has ended, or the event does not fit its state.
+            BusyError: not yet.
         """
-        for attempt in range(ATTEMPTS):
-            status = await self.round(round_id)
-            live = Tick(status.facts.counts) if isinstance(event, Tick) else event
-            facts, commands = step_round(status.facts, live, now)
-            if facts == status.facts:
-                return status, commands
-            if await self._store_facts(status, facts):
-                return RoundStatus(status.record, facts, status.rev + 1), commands
-            await back_off(attempt)
-        raise lost_every_race(f"round {round_id}")
+        record = await self.record(lease.home)
+        taker, soon = await self._taker(lease.home, record.base_manifest)
+        if taker is None and soon:
+            raise _not_yet(lease)
+        return taker is not None
 
-    async def receipts(self, round_id: str) -> list[Receipt]:
-        """The receipts of the accepted contributions, sorted by contribution: the same list for everybody."""
-        found = await self.valkey.call("HVALS", keys.round_key(round_id, "receipts"))
-        return sorted((Receipt.model_validate_json(doc) for doc in found), key=lambda r: r.submission.statement.sha256)
-
-    async def pending(self, round_id: str, limit: int = 1000) -> list[Submission]:
-        """The submissions that await a verdict, oldest first."""
-        ids = await self.valkey.call("ZRANGE", keys.round_key(round_id, "pending"), 0, limit - 1)
-        if not ids:
-            return []
-        found = await self.valkey.call("HMGET", keys.round_key(round_id, "submissions"), *ids)
-        return [Submission.model_validate_json(doc) for doc in found if doc is not None]
-
-    # -- leases --------------------------------------------------------------------------------------------------------
-
-    async def claim(self, worker_id: str, now: float) -> Lease | NoWork:
-        """A lease of the lowest free shard of the oldest open round, or the lease that this worker holds already."""
-        lease_id = f"l-{secrets.token_hex(8)}"
-        reply = await self.valkey.call("EVAL", keys.CLAIM_LUA, 0, keys.PREFIX, worker_id, lease_id, f"{now:.6f}")
-        if reply[0] == 1:
-            return keys.parse_lease(dict(zip(reply[1::2], reply[2::2], strict=True)))
-        if reply[1] == 0:
-            return NoWork("No round is open.", NO_ROUND_RETRY_S)
-        return NoWork("All shards of the open rounds are handed out.", NO_SHARD_RETRY_S)
+    async def may_take_late(self, lease: Lease) -> bool:
+        """As `takes_late`, and also where there will be such a round soon."""
+        record = await self.record(lease.home)
+        taker, soon = await self._taker(lease.home, record.base_manifest)
+        return taker is not None or soon
 
     async def lease(self, lease_id: str) -> Lease:
         """Raises NotFoundError."""
@@ -175,6 +111,14 @@ class Ledger:
         if not fields:
             raise NotFoundError(f"no lease {lease_id}", remedy="Claim a new one.")
         return keys.parse_lease(fields)
+
+    async def at_work(self, round_id: str, limit: int) -> list[tuple[Lease, str]]:
+        """Leases under way, those that were heard of last first, and the names of their workers."""
+        ids = await self.valkey.call("ZREVRANGE", keys.round_key(round_id, "expiry"), 0, limit - 1)
+        rows = await self.valkey.read(*(["HGETALL", keys.lease_key(lease_id)] for lease_id in ids))
+        leases = [keys.parse_lease(fields) for fields in rows if fields]
+        names = await self.people.names([lease.worker_id for lease in leases])
+        return [(lease, names.get(lease.worker_id, "")) for lease in leases]
 
     async def heartbeat(self, lease_id: str, worker_id: str, beat: Heartbeat, now: float) -> Pulse:
         """Keep a lease alive and note its progress.
@@ -187,19 +131,26 @@ class Ledger:
 
         def decide(lease: Lease, around: _Surroundings) -> leases.Event:
             _check_owner(lease, worker_id)
-            return leases.Beat(beat.fence, around.lease_s, beat.step, beat.loss, beat.tokens_per_s)
+            lease_s, steps = around.record.request.lease_s, around.steps(lease)
+            return leases.Beat(beat.fence, lease_s, steps, beat.step, beat.loss, beat.tokens_per_s)
 
         lease, around = await self._change_lease(lease_id, decide, now)
         useful, reason = leases.go_on(
             lease,
             round_state=around.round_state,
-            newest_fence=around.newest_fence,
+            held=around.held,
             accepted_by=around.accepted_by,
+            steps=around.steps(lease),
+            late_is_welcome=around.taker is not None or around.taker_soon,
         )
         return Pulse(lease, useful, reason)
 
+    async def take_beat(self, token_hash: str, lease_id: str, beat: Heartbeat, now: float) -> Taken | None:
+        """As `beats.take_beat`: a heartbeat about which there is nothing to decide; None for any other."""
+        return await take_beat(self.valkey, token_hash, lease_id, beat, now)
+
     async def give_back(self, lease_id: str, worker_id: str, fence: int, reason: str, now: float) -> Lease:
-        """Return a shard unfinished: others can have it at once.
+        """Return a lease unfinished: others can have its shards at once.
 
         Raises:
             NotFoundError: no such lease.
@@ -216,27 +167,36 @@ class Ledger:
     async def submit(self, lease_id: str, worker_id: str, submission: Submission, now: float) -> Lease:
         """Queue a delta for admission; when this returns, it is on the server's disk. Repeating changes nothing.
 
+        After the end of its round it is queued in the round of the campaign that takes late deltas of it, if there is
+        one: the lease then has another `round_id`.
+
         Raises:
             NotFoundError: no such lease.
             DeniedError: someone else's lease, another fence, or a delta that was handed in with another lease.
-            InputError: the submission is about another lease, round or shard.
-            StateError: the lease has handed in another delta, another delta of the shard was accepted, or the round
-                takes no more deltas.
-            BusyError: the server has not written it to its disk in time: repeat.
+            InputError: the submission is about another lease, round, shards or rank.
+            StateError: the lease has handed in another delta, another delta of its shards was accepted, or no round
+                takes it any more.
+            BusyError: the server has not written it to its disk in time, or the round that takes it is not open yet:
+                repeat.
         """
         statement = submission.statement
 
         def decide(lease: Lease, around: _Surroundings) -> leases.Event:
             _check_owner(lease, worker_id)
-            told = (statement.lease_id, statement.round_id, submission.shard, submission.worker_id)
-            if told != (lease.lease_id, lease.round_id, lease.shard, lease.worker_id):
+            told = (statement.lease_id, statement.round_id, submission.worker_id)
+            told_of = (submission.shard, submission.shards, submission.rank)
+            if (*told, *told_of) != (lease_id, lease.home, lease.worker_id, lease.shard, lease.shards, lease.rank):
                 raise InputError(f"the submission is not about lease {lease_id}", remedy="Fill it in from the lease.")
             if around.handed_in_with not in (None, lease_id):
                 raise DeniedError(
                     f"the delta {statement.sha256} was handed in with lease {around.handed_in_with}",
                     remedy="Hand in a delta that this lease trained.",
                 )
-            return leases.Submit(statement.fence, statement.sha256, around.round_state, around.accepted_by)
+            over = around.round_state not in leases.TAKES_SUBMISSIONS
+            if over and around.taker_soon and around.taker is None and around.accepted_by is None:
+                raise _not_yet(lease)
+            taker = around.taker.record.round_id if around.taker is not None else None
+            return leases.Submit(statement.fence, statement.sha256, around.round_state, around.accepted_by, taker)
 
         return (await self._change_lease(lease_id, decide, now, submission=submission, durable=True))[0]
 
@@ -310,16 +270,30 @@ class Ledger:
         digest = submission.statement.sha256 if submission else ""
         for attempt in range(ATTEMPTS):
             lease = await self.lease(lease_id)
-            key, shard = keys.round_key(lease.round_id), str(lease.shard)
-            (state, lease_s), fence, accepted_by, handed_in_with = await self.valkey.read(
-                ["HMGET", key, "state", "lease_s"],
-                ["HGET", f"{key}:fences", shard],
-                ["HGET", f"{key}:accepted", shard],
+            home, shards = keys.round_key(lease.home), [str(number) for number in lease.numbers]
+            state, holders, accepted, late, handed_in_with = await self.valkey.read(
+                ["HGET", keys.round_key(lease.round_id), "state"],
+                ["HMGET", f"{home}:holders", *shards],
+                ["HMGET", f"{home}:accepted", *shards],
+                ["HMGET", f"{home}:late", *shards],
                 ["HGET", keys.DIGESTS, digest],
             )
             if state is None:
                 raise NotFoundError(f"no round {lease.round_id}")
-            around = _Surroundings(RoundState(state), float(lease_s), int(fence), accepted_by, handed_in_with)
+            [record] = await self.records([lease.home])
+            taker, taker_soon = None, False
+            if RoundState(state) not in leases.TAKES_SUBMISSIONS and lease.contribution is None:
+                base = submission.statement.base_manifest if submission else record.base_manifest
+                taker, taker_soon = await self._taker(lease.round_id, base)
+            around = _Surroundings(
+                record,
+                RoundState(state),
+                held=any(int(count or 0) > 0 for count in holders),
+                accepted_by=next((found for found in (*accepted, *late) if found is not None), None),
+                handed_in_with=handed_in_with,
+                taker=taker,
+                taker_soon=taker_soon,
+            )
             changed, commands = leases.step(lease, decide(lease, around), now)
             if changed == lease and not commands:
                 if durable:
@@ -329,57 +303,44 @@ class Ledger:
                 return lease, around
             conditions: list[keys.Condition] = [
                 *_unchanged(lease),
-                ["HGET", key, "state", state],
-                ["HGET", f"{key}:accepted", shard, accepted_by],
+                ["HGET", keys.round_key(lease.round_id), "state", state],
+                ["HMGET", f"{home}:accepted", *shards, accepted],
+                ["HMGET", f"{home}:late", *shards, late],
                 ["HGET", keys.DIGESTS, digest, handed_in_with],
             ]
-            writes = keys.lease_writes(changed, commands, submission=submission, receipt=receipt)
+            if taker is not None:
+                conditions.append(["HGET", keys.round_key(taker.record.round_id), "state", taker.facts.state.value])
+            speed = await self._speed(lease, record, submission) if submission else None
+            writes = keys.lease_writes(changed, commands, submission=submission, speed=speed, receipt=receipt)
             if await self.valkey.commit(conditions, writes, durable=durable):
                 return replace(changed, rev=lease.rev + 1), around
             await back_off(attempt)
         raise lost_every_race(f"lease {lease_id}")
 
-    async def _store_facts(self, status: RoundStatus, facts: RoundFacts) -> bool:
-        round_id = status.record.round_id
-        created_at = float(await self.valkey.call("HGET", keys.round_key(round_id), "created_at"))
-        return await self.valkey.commit(
-            keys.round_conditions(round_id, status.rev, status.facts, facts),
-            keys.round_writes(round_id, status.rev, facts, created_at),
-        )
+    async def _taker(self, round_id: str, base_manifest: str) -> tuple[RoundStatus | None, bool]:
+        """The round that takes late deltas of an ended one, and whether there will be one."""
+        unfinished = await self.unfinished()
+        return taker_of(round_id, base_manifest, unfinished), opens_soon(round_id, unfinished)
 
-    async def _statuses(self, round_ids: Sequence[str]) -> list[RoundStatus]:
-        records = await self._load_records(round_ids)
-        reads: list[list[str]] = []
-        for round_id in round_ids:
-            key = keys.round_key(round_id)
-            reads += [["HGETALL", key], ["ZCARD", f"{key}:free"], ["ZCARD", f"{key}:expiry"]]
-            reads += [["ZCARD", f"{key}:pending"], ["HLEN", f"{key}:accepted"]]
-        replies = await self.valkey.read(*reads)
-        statuses = []
-        for record, start in zip(records, range(0, len(replies), 5), strict=True):
-            fields, freed, leased, submitted, accepted = replies[start : start + 5]
-            if not fields:  # The server lost its data while the record was kept here.
-                raise NotFoundError(f"no round {record.round_id}")
-            facts = keys.parse_facts(fields, freed=freed, leased=leased, submitted=submitted, accepted=accepted)
-            statuses.append(RoundStatus(record, facts, int(fields["rev"])))
-        return statuses
-
-    async def _load_records(self, round_ids: Sequence[str]) -> list[RoundRecord]:
-        missing = [round_id for round_id in round_ids if round_id not in self._records]
-        docs = await self.valkey.read(*(["GET", keys.round_key(round_id, "record")] for round_id in missing))
-        for round_id, doc in zip(missing, docs, strict=True):
-            if doc is None:
-                raise NotFoundError(f"no round {round_id}")
-            self._records[round_id] = RoundRecord.model_validate_json(doc)
-        found = [self._records[round_id] for round_id in round_ids]
-        while len(self._records) > RECORDS_KEPT:
-            del self._records[next(iter(self._records))]
-        return found
+    async def _speed(self, lease: Lease, record: RoundRecord, submission: Submission) -> tuple[str, float] | None:
+        """Model, and the worker's tokens per second at it with this submission."""
+        model, said = record.request.model, submission.statement
+        before = await self.valkey.call("HGET", keys.worker_key(lease.worker_id, "score"), keys.SPEED + model)
+        speed = mean_speed(float(before) if before is not None else None, said.tokens, said.seconds)
+        return (model, speed) if speed is not None else None
 
 
 def _check_owner(lease: Lease, worker_id: str) -> None:
     if lease.worker_id != worker_id:
         raise DeniedError(f"lease {lease.lease_id} belongs to another worker", remedy="Claim a lease of your own.")
+
+
+def _not_yet(lease: Lease) -> BusyError:
+    return BusyError(
+        f"round {lease.home} takes no more deltas; the round after it takes late ones, and is not open yet",
+        remedy="Keep the delta and hand it in again in a moment.",
+        retry_after_s=TAKER_RETRY_S,
+    )
 
 
 def _unchanged(lease: Lease) -> list[keys.Condition]:

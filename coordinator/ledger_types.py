@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from coordinator.leases import Lease
 from coordinator.rounds import RoundFacts
-from rankup.protocol import DeviceProfile, RoundView
+from rankup.protocol import DeviceProfile, NoWorkCode, RoundView, Standing
 from rankup.records import RoundRecord
 
 
@@ -22,14 +22,20 @@ class Worker:
     public_key: str
     device: DeviceProfile
     enrolled_at: float
+    team: str = ""
+    standing: Standing = Standing.MEMBER
+    note: str = ""
+    """Why it is banned."""
 
 
 @dataclass(frozen=True)
 class NoWork:
-    """Why there is no lease, in plain words, and when to ask again."""
+    """Why there is no lease, for programs and in plain words."""
 
+    why: NoWorkCode
     reason: str
-    retry_after_s: float
+    idle: int = 0
+    """Volunteers who were told so lately."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class RoundStatus:
             model=record.request.model,
             dataset=record.request.dataset,
             state=facts.state,
+            paused=facts.paused,
             reason=facts.failure or facts.reason,
             index=record.index,
             repeat=facts.repeat,
@@ -73,7 +80,9 @@ class RoundStatus:
             leased=counts.leased,
             submitted=counts.submitted,
             accepted=counts.accepted,
+            contributions=counts.contributions,
             rejected=counts.rejected,
+            licence=record.request.licence,
             published_version=facts.published_version,
             heldout_loss=facts.heldout_loss,
             parent_heldout_loss=facts.parent_heldout_loss,

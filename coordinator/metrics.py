@@ -103,6 +103,18 @@ STAGE_SECONDS = Metric(
 STAGE_FAILURES = Metric(
     "rankup_stage_failures_total", "counter", "Stages that failed and will be tried again.", ("stage", "code")
 )
+ENROLMENTS = Metric(
+    "rankup_enrolments_total",
+    "counter",
+    "Enrolments that were accepted, by standing; again: a worker that was known got a new token.",
+    ("standing",),
+)
+RATE_LIMITED = Metric(
+    "rankup_rate_limited_total",
+    "counter",
+    "Calls above a rate limit, by kind: enrol, claim, heartbeat, delivery, request, refusal.",
+    ("kind",),
+)
 
 REPORTED = Metric(
     "rankup_last_report_timestamp_seconds",
@@ -160,6 +172,8 @@ COUNTED: Final[tuple[Metric, ...]] = (
     VERDICTS,
     STAGE_SECONDS,
     STAGE_FAILURES,
+    ENROLMENTS,
+    RATE_LIMITED,
 )
 READ: Final[tuple[Metric, ...]] = (
     REPORTED,

@@ -23,6 +23,7 @@ _MEANING = {
     408: "The body stopped arriving.",
     409: "The thing is not in a state that allows this.",
     413: "Above a size limit; nothing of it was parsed.",
+    415: "The body is not said to be JSON.",
     416: "None of the bytes is in the range.",
     422: "A field does not fit the protocol; `errors` says which.",
     429: "Too much at once: come back after `retry_after_s`.",
@@ -65,6 +66,9 @@ def _describe(app: FastAPI) -> dict[str, Any]:
         body["example"] = example.model_dump(mode="json")
     for methods in schema["paths"].values():
         for operation in methods.values():
+            if "requestBody" in operation:  # Any body can be something else than JSON, or stop half-way.
+                unreadable = {str(status): said for status, said in refusals(400, 408, 415).items()}
+                operation["responses"] = dict(sorted((unreadable | operation["responses"]).items()))
             _show_answer(operation["responses"])
     return schema
 

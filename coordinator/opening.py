@@ -3,6 +3,7 @@
 What always holds:
 - everything a worker could stumble over is checked before anything is written: model, dataset, number of shards,
   targets, size of a delta;
+- a model has one campaign at a time (`require_no_campaign`), a server as many as there are models;
 - the record is written to object storage before the ledger hears of the round, so a lost ledger loses no round;
 - rounds of one campaign share the end of their names, and the name of the next one follows from the one before it:
   who opens round `index` twice (a keeper that was killed in between) opens it once, on the record that was written
@@ -23,10 +24,11 @@ from pydantic import ValidationError
 from coordinator.catalogue import read_card, read_manifest, read_pointer
 from coordinator.grants import delta_bound_bytes
 from coordinator.ledger import Ledger
-from rankup.errors import ConflictError, InputError, IntegrityError, NotFoundError
+from coordinator.rounds import OpenNext, owed
+from rankup.errors import ConflictError, InputError, IntegrityError, NotFoundError, StateError
 from rankup.message import canonical_json
-from rankup.protocol import Pointer, RoundRequest
-from rankup.records import BlobRef, DatasetCard, Manifest, RoundRecord
+from rankup.protocol import MAX_LEASE_BYTES, Pointer, RoundRequest
+from rankup.records import BlobRef, DatasetCard, Manifest, Revocation, Rollback, RoundRecord
 from rankup.store import Store
 from rankup.targets import select_targets
 from rankup.versions import round_key
@@ -35,6 +37,7 @@ MAX_RECORD_BYTES = 256 * 1024**2
 MAX_MODEL_CHARS = 48
 """Of the model's name in a round's name, which has 64 characters at most."""
 NAME_ATTEMPTS = 8
+MAX_LICENCE_CHARS = 256
 
 
 async def open_round(
@@ -45,13 +48,16 @@ async def open_round(
     index: int,
     previous: RoundRecord | None,
     now: float,
+    paused: bool = False,
     max_delta_bytes: int | None = None,
     publisher_key: str | None = None,
 ) -> RoundRecord:
     """Open round `index` (from 0) of a campaign; `previous` is the record of the round before it, None for the first.
 
     The shards go on where the previous round stopped and wrap around at the end of the dataset. The base is the model's
-    latest version at this moment, signed by `publisher_key` where one is given. Opening the same later round twice
+    latest version at this moment, signed by `publisher_key` where one is given; its licence is that of contributions
+    where the request names none. As many earlier rounds of the campaign are named as the recipe's `max_staleness`:
+    their late deltas are taken. A `paused` round grants nothing until it is resumed. Opening the same later round twice
     returns the record of the first time.
 
     Raises:
@@ -64,7 +70,7 @@ async def open_round(
     if previous is not None:
         with contextlib.suppress(NotFoundError):
             known = await ledger.record(next_round_id(previous, index))
-            return (await ledger.create_round(known, now, after=after)).record
+            return (await ledger.create_round(known, now, paused=paused, after=after)).record
     pointer = await asyncio.to_thread(read_pointer, store, request.model)
     manifest = await asyncio.to_thread(read_manifest, store, pointer, publisher_key=publisher_key)
     card = await asyncio.to_thread(read_card, store, request.dataset)
@@ -77,6 +83,15 @@ async def open_round(
         )
 
     older = await asyncio.to_thread(_older_bases, store, pointer, manifest, request, publisher_key)
+    # A volunteer holds all shards of a lease in memory, and refuses more.
+    largest = max((shard.size_bytes for shard in card.shards), default=0)
+    most = max(1, MAX_LEASE_BYTES // max(1, largest))
+    request = request.model_copy(
+        update={
+            "licence": request.licence or manifest.licence[:MAX_LICENCE_CHARS],
+            "max_shards_per_lease": min(request.max_shards_per_lease, most),
+        }
+    )
 
     def record_named(round_id: str) -> RoundRecord:
         return RoundRecord(
@@ -88,6 +103,7 @@ async def open_round(
             shards=pick_shards(card, count=request.shards, index=index),
             targets=targets,
             older_bases=older,
+            earlier_rounds=earlier_rounds(previous, request),
             opened_at=now,
         )
 
@@ -95,7 +111,38 @@ async def open_round(
         record = await _write_first(store, record_named, model=request.model, index=index)
     else:
         record = await asyncio.to_thread(_write_once, store, record_named(next_round_id(previous, index)))
-    return (await ledger.create_round(record, now, after=after)).record
+    return (await ledger.create_round(record, now, paused=paused, after=after)).record
+
+
+async def require_no_campaign(ledger: Ledger, model: str) -> None:
+    """Return if no campaign of the model is under way: each round builds on the version before it, so two would not
+    know of each other's.
+
+    Raises:
+        StateError: there is one; it names its round.
+    """
+    for status in await ledger.unfinished():
+        if status.record.request.model != model:
+            continue
+        round_id, state = status.record.round_id, status.facts.state
+        if not state.ended:
+            raise StateError(
+                f"Round {round_id} of model {model} is {state.value}; a model has one campaign at a time.",
+                remedy=f"Wait until it has ended, or end it: rankup round close --last {round_id}, "
+                f"or rankup round cancel {round_id}",
+            )
+        if any(isinstance(command, OpenNext) for command in owed(status.facts)):
+            raise StateError(
+                f"Round {round_id} of model {model} has ended, and the next one of its campaign opens in a moment.",
+                remedy="Wait for it, then end the campaign with `rankup round close --last` or `rankup round cancel`.",
+            )
+
+
+def earlier_rounds(previous: RoundRecord | None, request: RoundRequest) -> tuple[str, ...]:
+    """Rounds of the campaign whose late deltas are taken, newest first: one for each version that a base may be old."""
+    if previous is None:
+        return ()
+    return (previous.round_id, *previous.earlier_rounds)[: request.recipe.aggregation.max_staleness]
 
 
 def first_round_id(model: str, index: int = 0) -> str:
@@ -131,10 +178,13 @@ def pick_shards(card: DatasetCard, *, count: int, index: int) -> tuple[BlobRef, 
 def _older_bases(
     store: Store, pointer: Pointer, manifest: Manifest, request: RoundRequest, publisher_key: str | None
 ) -> tuple[str, ...]:
-    """Digests of the versions before the base that the recipe still welcomes deltas of, newest first."""
+    """Digests of the versions before the base that the recipe still welcomes deltas of, newest first; none from before
+    a version that took something back."""
     older: list[str] = []
     changes = manifest.keys
     while manifest.parent is not None and len(older) < request.recipe.aggregation.max_staleness:
+        if isinstance(manifest.change, Rollback | Revocation):
+            break
         older.append(manifest.parent)
         pointer = pointer.model_copy(update={"version": pointer.version - 1, "manifest": manifest.parent})
         manifest = read_manifest(store, pointer, publisher_key=publisher_key, known_changes=changes)

@@ -13,6 +13,7 @@ It knows no route, no ledger and no store.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ from rankup.protocol import Problem
 RETRY_AFTER_S = 5.0
 """What a client is told to wait when a server behind the gateway does not answer."""
 MAX_FIELD_ERRORS = 16
+JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 
 log = structlog.get_logger(__name__)
 
@@ -129,10 +131,19 @@ async def _on_rankup_error(_: Request, error: Exception) -> Response:
     return from_error(error)
 
 
-async def _on_validation_error(_: Request, error: Exception) -> Response:
+async def _on_validation_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
     found = error.errors()
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not JSON_TYPE.fullmatch(media) and any(item["loc"] == ("body",) and item["type"] != "missing" for item in found):
+        return problem_response(
+            status=415,
+            code=InputError.code,
+            title="The request cannot be read",
+            detail="The body is not said to be JSON.",
+            remedy="Send JSON, with `Content-Type: application/json`.",
+        )
     fields = tuple(
         {"field": ".".join(printable(str(part)) for part in item["loc"]), "message": printable(str(item["msg"]))}
         for item in found[:MAX_FIELD_ERRORS]

@@ -1,6 +1,6 @@
 """The life of one round, as a pure function: `step(facts, event, now) -> (facts, commands)`.
 
-    DRAFT ──Open──> OPEN ──quorum, deadline or Close──> CLOSING ──no verdict awaited──> AGGREGATING <───┐
+    DRAFT ──Open──> OPEN ──quorum, deadline or Close──> CLOSING ──nobody awaited──> AGGREGATING <───────┐
                                                                                              │ Folded   │
     PUBLISHED <──Published── EVALUATING (gate passed) <──Evaluated── EVALUATING <────────────┘          │
     REJECTED  <──────────────────── gate failed ──────Evaluated────────┘ └──────────Overtaken───────────┘
@@ -10,11 +10,15 @@
 What always holds:
 - `owed(facts)` says what the state asks for and nothing but the state does: a keeper that dies at any point and ticks
   again gets the same commands again, so every command must be safe to carry out twice;
-- work is never thrown away by a clock: a deadline with fewer than `min_contributions` accepted deltas moves on by
+- work is never thrown away by a clock: a deadline with fewer than `min_contributions` accepted shards moves on by
   `deadline_s` (with the reason kept), and only Cancel ends CLOSING while a delta awaits its verdict;
+- CLOSING waits for those who are still training until `grace_s` after `closed_at`, and not a tick longer; it does not
+  wait where every shard has its delta, or where the organiser said so;
+- Pause stops neither a training nor a quorum: no leases are granted, and the deadline moves by the time of the pause. A
+  pause outlives its round: the next one of the campaign opens paused;
 - `accepted` >= 1 in AGGREGATING, EVALUATING, PUBLISHED and REJECTED;
-- PUBLISHED, REJECTED and CANCELLED are final and refuse every event; what an ended round still owes (`OpenNext`) stands
-  in `owed`, until the round after it exists.
+- PUBLISHED, REJECTED and CANCELLED are final and refuse every event but Recorded; what an ended round still owes stands
+  in `owed`: `RecordEnd` until object storage has the ending, `OpenNext` until the round after it exists.
 
 No I/O, no clock, no randomness here: the ledger stores what `step` returns, the keeper carries out the commands.
 """
@@ -32,8 +36,8 @@ from rankup.records import Evaluation, RoundRecord
 class Counts:
     """Where the shards of a round are.
 
-    A late submission makes it possible that one shard is counted twice (leased and submitted); `rejected` counts
-    deltas, not shards.
+    `free` and `accepted` count shards, `leased` leases under way, `submitted`, `rejected` and `contributions` (accepted
+    ones) deltas.
     """
 
     free: int = 0
@@ -41,6 +45,7 @@ class Counts:
     submitted: int = 0
     accepted: int = 0
     rejected: int = 0
+    contributions: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class RoundFacts:
     index: int
     repeat: int
     max_loss_increase: float
+    grace_s: float = 0.0
+    """How long a closing round waits for leases under way."""
+    paused_at: float | None = None
+    """Since when nothing is granted; of a draft, since before it opened."""
     reason: str = ""
     """Why the round is where it is, in plain words."""
     opened_at: float = 0.0
@@ -70,6 +79,12 @@ class RoundFacts:
     """How often the present stage failed; back to 0 when it succeeds."""
     failure: str = ""
     """Why it failed the last time; empty when it succeeds."""
+    recorded: bool = False
+    """Object storage has the ending."""
+
+    @property
+    def paused(self) -> bool:
+        return self.paused_at is not None
 
     @property
     def heldout_loss(self) -> float | None:
@@ -100,11 +115,28 @@ class Close:
     """The organiser wants no more contributions."""
 
     reason: str = "closed by the organiser"
+    grace: bool = True
+    """Wait for those who are training, as for a quorum; False: no longer than for verdicts."""
+
+
+@dataclass(frozen=True)
+class EndCampaign:
+    """The organiser wants no round after this one, however many were asked for."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """The organiser wants no leases granted for a while."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The organiser lets leases be granted again."""
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """The organiser gives the round up."""
+    """The organiser gives the round up, and with it the rounds after it."""
 
     reason: str
 
@@ -138,13 +170,32 @@ class Overtaken:
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """Object storage has the ending of the round."""
+
+
+@dataclass(frozen=True)
 class Failed:
     """Carrying out a command failed: the state stays, the next Tick asks again."""
 
     reason: str
 
 
-Event = Open | Tick | Close | Cancel | Folded | Evaluated | Published | Overtaken | Failed
+Event = (
+    Open
+    | Tick
+    | Close
+    | EndCampaign
+    | Pause
+    | Resume
+    | Cancel
+    | Folded
+    | Evaluated
+    | Published
+    | Overtaken
+    | Recorded
+    | Failed
+)
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -181,14 +232,20 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class RecordEnd:
+    """Write down in object storage how the round ended; answer with Recorded."""
+
+
+@dataclass(frozen=True)
 class OpenNext:
     """Create round `index` of the campaign: on `published_version`, or on the same base if that is None."""
 
     index: int
     published_version: int | None = None
+    paused: bool = False
 
 
-Command = ReapLeases | Admit | Aggregate | Evaluate | Publish | OpenNext
+Command = ReapLeases | Admit | Aggregate | Evaluate | Publish | RecordEnd | OpenNext
 Outcome = tuple[RoundFacts, tuple[Command, ...]]
 
 
@@ -207,6 +264,7 @@ def draft(record: RoundRecord) -> RoundFacts:
         index=record.index,
         repeat=request.repeat,
         max_loss_increase=request.max_loss_increase,
+        grace_s=request.grace_s,
     )
 
 
@@ -233,11 +291,16 @@ def owed(facts: RoundFacts) -> tuple[Command, ...]:
                 return (Publish(facts.evaluation, facts.folded_manifest),)
             return (Evaluate(facts.folded_manifest),)
         case RoundState.CANCELLED:
-            return (ReapLeases(),) if facts.counts.leased or facts.counts.submitted else ()
+            reap = (ReapLeases(),) if facts.counts.leased or facts.counts.submitted else ()
+            return (*reap, *_unrecorded(facts))
         case RoundState.PUBLISHED | RoundState.REJECTED:
             if facts.index + 1 < facts.repeat:
-                return (OpenNext(facts.index + 1, facts.published_version),)
-            return ()
+                return (*_unrecorded(facts), OpenNext(facts.index + 1, facts.published_version, facts.paused))
+            return _unrecorded(facts)
+
+
+def _unrecorded(facts: RoundFacts) -> tuple[Command, ...]:
+    return () if facts.recorded else (RecordEnd(),)
 
 
 def step(facts: RoundFacts, event: Event, now: float) -> Outcome:
@@ -247,6 +310,9 @@ def step(facts: RoundFacts, event: Event, now: float) -> Outcome:
         StateError: the round has ended, or `event` does not fit its state.
     """
     if facts.state.ended:
+        if isinstance(event, Recorded):
+            facts = replace(facts, recorded=True)
+            return facts, owed(facts)
         raise StateError(
             f"the round is {facts.state.value} for good: it cannot take {type(event).__name__}",
             remedy="Act on the round that is open now, or create a new one.",
@@ -258,8 +324,14 @@ def step(facts: RoundFacts, event: Event, now: float) -> Outcome:
             return replace(facts, failure=reason, failures=facts.failures + 1), ()
         case Open():
             facts = _open(facts, now)
-        case Close(reason=reason):
-            facts = _close(facts, reason, now)
+        case Close():
+            facts = _close(facts, event, now)
+        case EndCampaign():
+            facts = replace(facts, repeat=facts.index + 1)
+        case Pause():
+            facts = facts if facts.paused else replace(facts, paused_at=now)
+        case Resume():
+            facts = _resume(facts, now)
         case Cancel(reason=reason):
             facts = _cancel(facts, reason, now)
         case Folded(manifest=manifest):
@@ -270,6 +342,8 @@ def step(facts: RoundFacts, event: Event, now: float) -> Outcome:
             facts = _published(facts, version)
         case Overtaken():
             facts = _overtaken(facts)
+        case Recorded():
+            raise _refuse(facts, "have its ending recorded", "Tick, and carry out what the round asks for.")
     return facts, owed(facts)
 
 
@@ -282,7 +356,15 @@ def _open(facts: RoundFacts, now: float) -> RoundFacts:
         return facts
     if facts.state is not RoundState.DRAFT:
         raise _refuse(facts, "be opened again", "Create a new round.")
-    return replace(facts, state=RoundState.OPEN, opened_at=now, deadline_at=now + facts.deadline_s)
+    paused_at = now if facts.paused else None
+    return replace(facts, state=RoundState.OPEN, opened_at=now, deadline_at=now + facts.deadline_s, paused_at=paused_at)
+
+
+def _resume(facts: RoundFacts, now: float) -> RoundFacts:
+    if facts.paused_at is None:
+        return facts
+    lost_s = max(0.0, now - facts.paused_at) if facts.state is RoundState.OPEN else 0.0
+    return replace(facts, paused_at=None, deadline_at=facts.deadline_at + lost_s)
 
 
 def _tick(facts: RoundFacts, now: float) -> RoundFacts:
@@ -290,7 +372,7 @@ def _tick(facts: RoundFacts, now: float) -> RoundFacts:
     if facts.state is RoundState.OPEN:
         if counts.accepted >= facts.quorum:
             facts = _to_closing(facts, f"quorum of {facts.quorum} reached", now)
-        elif now >= facts.deadline_at:
+        elif now >= facts.deadline_at and not facts.paused:
             if counts.accepted >= facts.min_contributions:
                 facts = _to_closing(facts, f"deadline reached with {counts.accepted} accepted", now)
             elif counts.submitted == 0:
@@ -300,11 +382,17 @@ def _tick(facts: RoundFacts, now: float) -> RoundFacts:
                     reason=f"deadline moved: {counts.accepted} accepted, at least {facts.min_contributions} needed",
                 )
             # else: the deltas that await a verdict may be enough; the deadline waits for them.
-    if facts.state is RoundState.CLOSING and counts.submitted == 0:
+    if facts.state is RoundState.CLOSING and counts.submitted == 0 and not _awaits_leases(facts, now):
         if counts.accepted == 0:
             return _to_cancelled(facts, f"{facts.reason}; no contribution was accepted", now)
         return replace(facts, state=RoundState.AGGREGATING, failures=0, failure="")
     return facts
+
+
+def _awaits_leases(facts: RoundFacts, now: float) -> bool:
+    """Whether a closing round still gives those who are training time to hand in something that it can use."""
+    closed_at = facts.closed_at if facts.closed_at is not None else now
+    return facts.counts.leased > 0 and facts.counts.accepted < facts.shards and now < closed_at + facts.grace_s
 
 
 def _to_closing(facts: RoundFacts, reason: str, now: float) -> RoundFacts:
@@ -316,14 +404,16 @@ def _to_cancelled(facts: RoundFacts, reason: str, now: float) -> RoundFacts:
     return replace(facts, state=RoundState.CANCELLED, reason=reason, closed_at=closed_at)
 
 
-def _close(facts: RoundFacts, reason: str, now: float) -> RoundFacts:
+def _close(facts: RoundFacts, event: Close, now: float) -> RoundFacts:
+    if not event.grace:
+        facts = replace(facts, grace_s=0.0)
     if facts.state is RoundState.OPEN:
-        # From here on it is the same as for a quorum: no accepted delta and none awaited ends the round at once.
-        return _tick(_to_closing(facts, reason, now), now)
+        # From here on it is the same as for a quorum: nothing accepted and nobody awaited ends the round at once.
+        return _tick(_to_closing(facts, event.reason, now), now)
     if facts.state is RoundState.DRAFT:
-        return _to_cancelled(facts, reason, now)
+        return _to_cancelled(facts, event.reason, now)
     if facts.state is RoundState.CLOSING:
-        return facts
+        return _tick(facts, now)
     raise _refuse(facts, "be closed", "It takes no contributions any more: wait for its version.")
 
 

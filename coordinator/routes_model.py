@@ -58,7 +58,7 @@ async def info(desk: DeskOf) -> ServerInfo:
         server_version=rankup.__version__,
         publisher_key=desk.publisher_key,
         models=await desk.in_thread(desk.catalogue.models),
-        invite_needed=bool(desk.settings.invite.get_secret_value()),
+        invite_needed=desk.settings.enrolment == "invite",
         max_delta_bytes=desk.settings.max_delta_bytes,
     )
 

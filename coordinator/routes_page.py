@@ -25,13 +25,16 @@ import rankup
 from coordinator import board
 from coordinator.access import Desk, DeskOf
 from rankup.errors import NotFoundError, RankupError
+from rankup.membership import TeamRow
 from rankup.message import Answer
 from rankup.protocol import ContributorRow, RoundView
 
 WEB = Path(__file__).parent / "web"
 MODELS_SHOWN = 8
 ROUNDS_SHOWN = 12
+CURRENT_SHOWN = 6
 CONTRIBUTORS_SHOWN = 50
+TEAMS_SHOWN = 10
 REFRESH_MS = 3000
 _HOST = re.compile(r"[A-Za-z0-9.\-]{1,253}(:[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:[0-9]{1,5})?")
 
@@ -100,7 +103,9 @@ async def _render_board(desk: Desk, url: str) -> BoardUpdate:
     now, missing = desk.clock(), []
     models: Sequence[board.ModelBoard] = ()
     rounds: Sequence[RoundView] = ()
+    current: list[board.RoundBoard] = []
     contributors: Sequence[ContributorRow] = ()
+    teams: Sequence[TeamRow] = ()
     try:
         models = await desk.in_thread(_models, desk, now)
     except RankupError as error:
@@ -109,22 +114,26 @@ async def _render_board(desk: Desk, url: str) -> BoardUpdate:
     try:
         ledger = await desk.ledger()
         rounds = [status.view() for status in await ledger.rounds(ROUNDS_SHOWN)]
-        contributors = await ledger.people.leaderboard(CONTRIBUTORS_SHOWN)
+        live = [status.view() for status in await ledger.unfinished() if not status.facts.state.ended]
+        for view in (live[::-1] or rounds[:1])[:CURRENT_SHOWN]:
+            current.append(board.round_board(view, now, await desk.watched.leases(view.round_id)))
+        contributors = await ledger.people.scores.leaderboard(CONTRIBUTORS_SHOWN)
+        teams = (await ledger.people.scores.teams())[:TEAMS_SHOWN]
     except RankupError as error:
         log.warning("page_incomplete", part="rounds", code=error.code, cause=error.cause)
         missing.append("rounds and contributors")
-    current = board.current_round(rounds)
     html = (
         _templates()
         .get_template("board.html.j2")
         .render(
             models=models,
-            current=board.round_board(current, now) if current is not None else None,
+            current=current,
             rounds=[board.round_board(view, now) for view in rounds],
             contributors=[board.contributor(row) for row in contributors],
+            teams=[board.team(row) for row in teams],
             missing=" and ".join(missing),
             join=f"rankup worker join {url}",
-            invite_needed=bool(desk.settings.invite.get_secret_value()),
+            invite_needed=desk.settings.enrolment == "invite",
             server_version=rankup.__version__,
             publisher_key=desk.publisher_key,
             chart_width=board.CHART_WIDTH,

@@ -1,7 +1,8 @@
 """The route that takes deltas where volunteers cannot reach object storage (`transfer` is "proxied").
 
 What always holds:
-- the address itself is the permission (see tickets.py): no token is asked for, and none should be sent;
+- the address itself is the permission (see tickets.py): no token is asked for, and none should be sent. It ends with
+  its time or with the verdict on its lease, whatever comes first;
 - nothing of a body is read before the ticket and the announced length fit;
 - every refusal closes the connection, so a body that nobody wants does not go on arriving.
 """
@@ -21,8 +22,9 @@ from coordinator.openapi import refusals
 from coordinator.problems import from_error, problem_response
 from coordinator.spool import too_long, too_short
 from coordinator.tickets import UPLOADS_PATH, Ticket
-from rankup.errors import InputError, NotFoundError, RankupError
+from rankup.errors import DeniedError, InputError, NotFoundError, RankupError
 from rankup.message import Digest, Identifier
+from rankup.protocol import LeaseState
 
 log = structlog.get_logger(__name__)
 router = APIRouter(prefix="/v1", tags=["worker"])
@@ -76,6 +78,7 @@ async def _take(ticket: Ticket, signature: str, request: Request, desk: Desk) ->
     if desk.tickets is None:
         raise NotFoundError("This server takes no uploads.", remedy="PUT the delta where its ticket says.")
     desk.tickets.check(ticket, signature, now=desk.clock())
+    await _require_unjudged(desk, ticket.lease_id)
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and len(announced) < 20:
         if int(announced) > ticket.size_bytes:
@@ -83,3 +86,13 @@ async def _take(ticket: Ticket, signature: str, request: Request, desk: Desk) ->
         if int(announced) < ticket.size_bytes:
             raise too_short(ticket, int(announced))
     await desk.spool.take(ticket, aiter(request.stream()))
+
+
+async def _require_unjudged(desk: Desk, lease_id: str) -> None:
+    """Raises DeniedError where the ticket's lease has its verdict: what came now would lie in the store for nobody."""
+    try:
+        lease = await (await desk.ledger()).lease(lease_id)
+    except NotFoundError:
+        return  # A ledger that was lost: the ticket is good all the same.
+    if lease.state in (LeaseState.ACCEPTED, LeaseState.REJECTED):
+        raise DeniedError("The upload ticket is used up: its lease has its verdict.", remedy="Claim another lease.")

@@ -1,60 +1,59 @@
-"""Routes of volunteers: enrol, claim a shard, report, give it back, upload a delta, hand it in.
+"""Routes of volunteers: claim a lease, report, give it back, take it up again, upload a delta, hand it in.
 
 What always holds:
 - a worker reads and changes its own leases only;
-- every call may be repeated after a lost answer: enrolling again gives a new token to the same worker, submitting again
-  gives the present state of the lease, also after the verdict;
+- every call may be repeated after a lost answer: submitting again gives the present state of the lease, also after the
+  verdict;
 - a ticket signs length and sha256 of the bytes, and nothing counts before they lie in object storage. They go there
   straight or, where `transfer` is "proxied", through this gateway (routes_upload.py).
 """
 
 from __future__ import annotations
 
-import secrets
-from typing import Annotated
+from typing import Annotated, Final
 
 import structlog
 from fastapi import APIRouter, Path
 
-from coordinator.access import CallingWorker, Desk, DeskOf, same_secret, token_hash
-from coordinator.grants import (
-    beat_interval_s,
-    grant_of,
-    require_own,
-    require_submission,
-    require_uploadable,
-    shard_of,
+from coordinator.access import (
+    CallingWorker,
+    Credentials,
+    Desk,
+    DeskOf,
+    require_worker,
+    token_hash,
+    token_of,
 )
-from coordinator.leases import Lease
+from coordinator.adopting import adopt, being_restored
+from coordinator.grants import grant_of, require_own, require_submission, require_uploadable, shards_of
+from coordinator.leases import TAKES_SUBMISSIONS, Lease
 from coordinator.ledger import Ledger, NoWork, Worker
+from coordinator.matching import Seeker
 from coordinator.openapi import refusals
+from coordinator.pace import beat_interval_s, retry_after_s
 from coordinator.tickets import TICKET_TTL_S, Ticket
-from rankup.errors import DeniedError, InputError, IntegrityError, StateError
+from coordinator.unjudged import keep_submission
+from coordinator.vouchers import wrong_voucher
+from rankup.errors import NotFoundError, StateError
 from rankup.message import Answer, Identifier
 from rankup.protocol import (
-    PROTOCOL_VERSION,
     ClaimAnswer,
-    ContributorRow,
-    Enrolled,
-    EnrolRequest,
+    ClaimRequest,
     Heartbeat,
     HeartbeatAnswer,
     LeaseState,
     LeaseView,
+    RestoreRequest,
     ReturnRequest,
     SubmitRequest,
     UploadRequest,
     UploadTicket,
 )
 from rankup.records import Submission
-from rankup.signing import verify, worker_id_of
 from rankup.store import blob_key
-from rankup.versions import upload_key
+from rankup.versions import round_key, upload_key
 
-MAX_CLOCK_SKEW_S = 3600.0
-"""An enrolment is signed with its time, so a recorded one cannot be used for ever."""
-TOKEN_BYTES = 32
-
+ANYTHING: Final = ClaimRequest()
 LeaseId = Annotated[Identifier, Path(description="From the lease's grant.")]
 
 log = structlog.get_logger(__name__)
@@ -65,74 +64,56 @@ class Contributions(Answer):
     contributions: tuple[LeaseView, ...]
 
 
-class Leaderboard(Answer):
-    rows: tuple[ContributorRow, ...]
-
-
 async def _own_lease(ledger: Ledger, lease_id: str, worker: Worker) -> Lease:
     lease = await ledger.lease(lease_id)
     require_own(lease, worker.worker_id)
     return lease
 
 
-@router.post("/workers", status_code=201, responses=refusals(400, 403))
-async def enrol(request: EnrolRequest, desk: DeskOf) -> Enrolled:
-    """Join with a new key, or get a new token for a known one; the old token stops working."""
-    said, now = request.statement, desk.clock()
-    if said.protocol != PROTOCOL_VERSION:
-        raise InputError(
-            f"The server speaks protocol {PROTOCOL_VERSION}, the worker {said.protocol}.",
-            remedy="Update the older of the two.",
-        )
-    invite = desk.settings.invite.get_secret_value()
-    if invite and not same_secret(said.invite, invite):
-        raise DeniedError("The invite is not the one of this server.")
-    if abs(said.issued_at - now) > MAX_CLOCK_SKEW_S:
-        raise InputError(
-            f"The clock of this machine is {abs(said.issued_at - now) / 3600:.1f} hours off the server's.",
-            remedy="Set the clock (for example `timedatectl set-ntp true`) and join again.",
-        )
-    try:
-        verify(said.public_key, "enrol", said, request.signature)
-    except (IntegrityError, InputError) as exc:
-        raise DeniedError(
-            "The enrolment is not signed by the key that it names.", remedy="Sign the statement with the worker's key."
-        ) from exc
-    worker = Worker(
-        worker_id=worker_id_of(said.public_key),
-        name=said.name,
-        public_key=said.public_key,
-        device=said.device,
-        enrolled_at=now,
-    )
-    token = secrets.token_urlsafe(TOKEN_BYTES)
-    await (await desk.ledger()).people.enrol(worker, token_hash(token))
-    log.info("worker_enrolled", worker_id=worker.worker_id, device=said.device.kind)
-    return Enrolled(worker_id=worker.worker_id, token=token, publisher_key=desk.publisher_key)
-
-
 @router.post("/leases", responses=refusals(401, 403))
-async def claim(worker: CallingWorker, desk: DeskOf) -> ClaimAnswer:
-    """One shard of an open round, or when to ask again. A worker that holds a lease gets that one again."""
-    ledger = await desk.ledger()
-    found = await ledger.claim(worker.worker_id, desk.clock())
+async def claim(worker: CallingWorker, desk: DeskOf, asked: ClaimRequest = ANYTHING) -> ClaimAnswer:
+    """Shards of an open round that fit the volunteer, or why there are none and when to ask again.
+
+    A worker that holds a lease gets that one again.
+    """
+    ledger, now = await desk.ledger(), desk.clock()
+    found = await ledger.claim(worker.worker_id, now, _seeker(worker, asked))
     if isinstance(found, NoWork):
-        return ClaimAnswer(reason=found.reason, retry_after_s=desk.settings.poll_s)
+        pause_s = retry_after_s(found.why, found.idle, desk.settings)
+        return ClaimAnswer(why=found.why, reason=found.reason, retry_after_s=pause_s)
     record = await ledger.record(found.round_id)
-    shard = shard_of(record, found).sha256
+    digests = [shard.sha256 for shard in shards_of(record, found)]
     if desk.settings.transfer == "proxied":
-        url = f"v1/blobs/{shard}"
+        urls = [f"v1/blobs/{digest}" for digest in digests]
     else:
-        url = await desk.in_thread(desk.store.presign_get, blob_key(shard))
+        urls = await desk.in_thread(lambda: [desk.store.presign_get(blob_key(digest)) for digest in digests])
     grant = grant_of(
         found,
         record,
-        shard_url=url,
+        shard_urls=urls,
         cap_bytes=desk.settings.max_delta_bytes,
-        heartbeat_s=beat_interval_s(record.request.lease_s, desk.settings.heartbeat_s),
+        heartbeat_s=beat_interval_s(await ledger.live_leases(now), record.request.lease_s, desk.settings),
+        voucher=desk.vouchers.write(found) if desk.vouchers is not None else "",
     )
-    log.info("lease_granted", lease_id=found.lease_id, round_id=found.round_id, worker_id=worker.worker_id)
+    log.info(
+        "lease_granted",
+        lease_id=found.lease_id,
+        round_id=found.round_id,
+        worker_id=worker.worker_id,
+        shard=found.shard,
+        shards=found.shards,
+    )
     return ClaimAnswer(lease=grant)
+
+
+def _seeker(worker: Worker, asked: ClaimRequest) -> Seeker:
+    return Seeker(
+        memory_bytes=worker.device.memory_bytes if asked.memory_bytes is None else asked.memory_bytes,
+        available_s=asked.available_s,
+        models=asked.models,
+        team=worker.team,
+        standing=worker.standing,
+    )
 
 
 @router.get("/leases/{lease_id}", responses=refusals(401, 403, 404))
@@ -142,22 +123,49 @@ async def show_lease(lease_id: LeaseId, worker: CallingWorker, desk: DeskOf) -> 
 
 
 @router.post("/leases/{lease_id}/heartbeat", responses=refusals(401, 403, 404, 409))
-async def heartbeat(lease_id: LeaseId, beat: Heartbeat, worker: CallingWorker, desk: DeskOf) -> HeartbeatAnswer:
+async def heartbeat(lease_id: LeaseId, beat: Heartbeat, desk: DeskOf, credentials: Credentials) -> HeartbeatAnswer:
     """Keep the lease alive and learn whether going on is still of use."""
-    ledger = await desk.ledger()
-    answer = await ledger.heartbeat(lease_id, worker.worker_id, beat, desk.clock())
-    record = await ledger.record(answer.lease.round_id)
+    ledger, now = await desk.ledger(), desk.clock()
+    taken = await ledger.take_beat(token_hash(token_of(credentials)), lease_id, beat, now)
+    if taken is not None:
+        pause_s = beat_interval_s(await ledger.live_leases(now), taken.lease_s, desk.settings)
+        return HeartbeatAnswer(go_on=True, heartbeat_s=pause_s, expires_at=taken.expires_at)
+    worker = await require_worker(desk, credentials)
+    answer = await ledger.heartbeat(lease_id, worker.worker_id, beat, now)
+    record = await ledger.record(answer.lease.home)
     return HeartbeatAnswer(
         go_on=answer.go_on,
         reason=answer.reason,
-        heartbeat_s=beat_interval_s(record.request.lease_s, desk.settings.heartbeat_s),
+        heartbeat_s=beat_interval_s(await ledger.live_leases(now), record.request.lease_s, desk.settings),
         expires_at=answer.lease.expires_at,
     )
 
 
+@router.post("/leases/{lease_id}/restore", responses=refusals(401, 403, 404, 409))
+async def restore(lease_id: LeaseId, request: RestoreRequest, worker: CallingWorker, desk: DeskOf) -> LeaseView:
+    """Take a lease up again that the server has forgotten, by the voucher that came with its grant.
+
+    One that the server knows is shown as it is. 429 while the server's data is being restored.
+    """
+    if desk.vouchers is None:
+        raise wrong_voucher()
+    told = desk.vouchers.read(request.voucher)
+    if told.lease_id != lease_id:
+        raise wrong_voucher()
+    require_own(told, worker.worker_id)
+    try:
+        lease = await adopt(await desk.ledger(), told, desk.clock())
+    except NotFoundError:
+        if await desk.in_thread(desk.store.head, round_key(told.round_id)) is None:
+            raise
+        raise being_restored(told.round_id) from None
+    log.info("lease_restored", lease_id=lease_id, round_id=lease.round_id, state=lease.state.value)
+    return lease.view()
+
+
 @router.post("/leases/{lease_id}/return", responses=refusals(401, 403, 404, 409))
 async def give_back(lease_id: LeaseId, request: ReturnRequest, worker: CallingWorker, desk: DeskOf) -> LeaseView:
-    """Give the shard back unfinished, so that somebody else gets it at once."""
+    """Give the lease back unfinished, so that somebody else gets its shards at once."""
     ledger = await desk.ledger()
     lease = await ledger.give_back(lease_id, worker.worker_id, request.fence, request.reason, desk.clock())
     return lease.view()
@@ -168,11 +176,12 @@ async def ticket(lease_id: LeaseId, request: UploadRequest, worker: CallingWorke
     """Where to PUT the delta: the address takes exactly these bytes, and only for a while."""
     ledger = await desk.ledger()
     lease = await _own_lease(ledger, lease_id, worker)
-    status = await ledger.round(lease.round_id)
+    status = await ledger.round(lease.home)
+    taken = lease.contribution is not None or status.facts.state in TAKES_SUBMISSIONS
     require_uploadable(
         lease,
         status.record,
-        round_state=status.facts.state,
+        taken=taken or await ledger.takes_late(lease),
         fence=request.fence,
         sha256=request.sha256,
         size_bytes=request.size_bytes,
@@ -197,7 +206,7 @@ async def submit(lease_id: LeaseId, request: SubmitRequest, worker: CallingWorke
     """Hand the uploaded delta in. The verdict comes later: ask for the lease."""
     ledger, said, now = await desk.ledger(), request.statement, desk.clock()
     lease = await _own_lease(ledger, lease_id, worker)
-    record = await ledger.record(lease.round_id)
+    record = await ledger.record(lease.home)
     require_submission(request, lease, record, public_key=worker.public_key, cap_bytes=desk.settings.max_delta_bytes)
     if lease.contribution == said.sha256 and lease.state is not LeaseState.SUBMITTED:
         return lease.view()  # After the verdict the upload may be gone; the answer is the same.
@@ -214,9 +223,14 @@ async def submit(lease_id: LeaseId, request: SubmitRequest, worker: CallingWorke
         worker_id=worker.worker_id,
         worker_name=worker.name,
         shard=lease.shard,
+        shards=lease.shards,
+        rank=lease.rank,
         submitted_at=now,
     )
     lease = await ledger.submit(lease_id, worker.worker_id, submission, now)
+    if lease.state is LeaseState.SUBMITTED:
+        # Before it is acknowledged: a ledger that loses its data queues it again from there.
+        await desk.in_thread(keep_submission, desk.store, lease.round_id, submission)
     log.info("delta_submitted", lease_id=lease_id, round_id=lease.round_id, contribution=said.sha256)
     return lease.view()
 
@@ -226,12 +240,6 @@ async def contributions(worker: CallingWorker, desk: DeskOf) -> Contributions:
     """Every lease of the calling worker."""
     leases = await (await desk.ledger()).people.contributions(worker.worker_id)
     return Contributions(contributions=tuple(lease.view() for lease in leases))
-
-
-@router.get("/leaderboard", responses=refusals())
-async def leaderboard(desk: DeskOf) -> Leaderboard:
-    """Who has contributed what."""
-    return Leaderboard(rows=tuple(await (await desk.ledger()).people.leaderboard()))
 
 
 async def _is_uploaded(desk: Desk, key: str, size_bytes: int) -> bool:

@@ -27,6 +27,8 @@ MAX_ONGOING_REQUESTS = 200
 """Per replica: requests wait for Valkey and S3, not for the processor."""
 MAX_QUEUED_REQUESTS = 2_000
 """Above this Serve answers 503 at once; clients come back with jitter."""
+HEALTH_PERIOD_S = 1.0
+"""How often Serve looks whether a replica lives; a dead one is replaced."""
 GRACE_S = 10.0
 
 
@@ -73,6 +75,7 @@ def gateway_application(
         num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=MAX_QUEUED_REQUESTS,
+        health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=GRACE_S,
         ray_actor_options={"num_cpus": num_cpus},
     )(serve.ingress(build)())

@@ -2,9 +2,8 @@
 
 What always holds:
 - an address is valid for one lease, one sha256, one size and until one moment; its HMAC-SHA256 covers all four;
-- the key follows from the organiser's token, which every replica has: any of them checks what another one wrote, and no
-  state is kept. scrypt (RFC 7914) stands between the two, or a ticket would let its holder test guesses of a weak token
-  at the speed of a hash;
+- the key follows from the organiser's token, which every replica has (`coordinator.derived_keys`): any of them checks
+  what another one wrote, and no state is kept;
 - addresses are relative to the gateway's own: it does not know under which name it is reached.
 """
 
@@ -14,6 +13,7 @@ import hashlib
 import hmac
 from dataclasses import dataclass
 
+from coordinator.derived_keys import derive_key
 from rankup.errors import DeniedError, SetupError
 
 TICKET_TTL_S = 3600
@@ -45,7 +45,7 @@ class TicketSigner:
                 "proxied transfer needs an organiser's token: it signs the upload tickets",
                 remedy="Set RANKUP_COORDINATOR_ORGANISER_TOKEN, or RANKUP_COORDINATOR_TRANSFER=presigned.",
             )
-        self._key = hashlib.scrypt(organiser_token.encode(), salt=_PURPOSE, n=2**14, r=8, p=1, dklen=32)
+        self._key = derive_key(organiser_token, _PURPOSE)
 
     def address(self, ticket: Ticket) -> str:
         """Relative reference that `ticket` may be PUT to."""

@@ -13,21 +13,25 @@ It knows no key and no rule: those are `coordinator.ledger_keys` and the modules
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Any, Final, Self
 
 from redis import asyncio as redis
 from redis import exceptions as redis_errors
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
+from redis.driver_info import DriverInfo
 
 from coordinator import ledger_keys as keys
 from rankup.errors import BusyError, ConflictError, SetupError, UnreachableError
 from rankup.settings import LedgerSettings
 
+_DRIVER: Final = DriverInfo()
 ATTEMPTS: Final = 30
 """How often a compare-and-set is tried; losing this often in a row means that something is badly wrong."""
 CONNECTIONS: Final = 256
@@ -89,6 +93,8 @@ class Valkey:
                 socket_connect_timeout=settings.timeout_s,
                 decode_responses=True,
                 retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
+                # Left to itself every new connection looks up the version of the client library on disk.
+                driver_info=_DRIVER,
             )
         except ValueError as exc:
             raise SetupError(
@@ -115,6 +121,14 @@ class Valkey:
         """One command and its reply."""
         async with _errors_of_server():
             return await self._redis.execute_command(*command)
+
+    async def run(self, script: str, *arguments: str) -> Any:
+        """A script by its hash, or whole where the server does not know it yet. It names its keys itself."""
+        async with _errors_of_server():
+            try:
+                return await self._redis.execute_command("EVALSHA", _hash_of(script), 0, *arguments)
+            except redis_errors.NoScriptError:
+                return await self._redis.execute_command("EVAL", script, 0, *arguments)
 
     async def read(self, *commands: Iterable[str]) -> list[Any]:
         """Many reads at one moment."""
@@ -151,6 +165,12 @@ class Valkey:
                 f"Valkey has not written to its disk within {wait_ms} ms", remedy="Repeat the call.", retry_after_s=2.0
             )
         return bool(made)
+
+
+@lru_cache(maxsize=64)
+def _hash_of(script: str) -> str:
+    """What the server knows a script by."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 def lost_every_race(what: str) -> ConflictError:

@@ -5,6 +5,7 @@ What always holds while `LocalServices` runs:
 - Valkey has no TCP port, only a unix socket of mode 700; its append-only file is synced every second;
 - SeaweedFS listens on 127.0.0.1 only, refuses anonymous access to objects by S3 and by its own HTTP ports, and knows
   one identity, whose keys were made here and lie in files of mode 600; no port is in Ray's range 10002-19999;
+- a server that died is started again by `revive`, on the same data and at the same address;
 - the children do not see the terminal's Ctrl-C: who started them decides when they end. If the parent is killed, the
   kernel ends them (PR_SET_PDEATHSIG); what is left over nevertheless is ended at the next start, before anything else.
 
@@ -270,6 +271,7 @@ class _Server:
             if not self.alive:
                 raise self._failed("has ended while starting")
             if time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
                 raise self._failed(f"was not ready after {READY_S:.0f} s")
             time.sleep(0.05)
 
@@ -350,7 +352,7 @@ class LocalServices:
     """The embedded servers as one thing that starts and stops; a context manager, usable from any thread.
 
     `store` and `ledger`: settings that name a server (an endpoint or access key; a URL) are passed through and nothing
-    is started for them. Starting again starts what is not running, so it also brings back a server that has died.
+    is started for them. Starting again starts what is not running; `revive` does so while they are in use.
 
     Raises SetupError: no binary, a live second instance on the folder, a server that does not come up.
     """
@@ -419,14 +421,7 @@ class LocalServices:
             own_seaweed = not (self._given_store.endpoint_url or self._given_store.access_key)
             self._take_folder()
             try:
-                if own_valkey and not self._valkey.alive:
-                    self._launch_valkey()
-                if own_seaweed and not self._seaweed.alive:
-                    self._launch_seaweed()
-                if own_valkey:
-                    self._valkey.wait_ready(self._valkey_answers)
-                if own_seaweed:
-                    self._seaweed.wait_ready(self._seaweed_answers)
+                self._launch(own_valkey, own_seaweed)
             except BaseException:
                 self.stop()
                 raise
@@ -434,6 +429,32 @@ class LocalServices:
                 self._ledger = self._given_ledger
             if not own_seaweed:
                 self._store = self._given_store
+
+    def dead(self) -> tuple[str, ...]:
+        """Names of the servers that have died since they were started."""
+        # What was never started has no process; what died has one that ended.
+        servers = (self._valkey, self._seaweed)
+        return tuple(each.name for each in servers if each.process is not None and not each.alive)
+
+    def revive(self) -> None:
+        """Start again what has died, on the same data and at the same address.
+
+        Nothing else is touched, also where that fails. Raises SetupError: a server does not come up; try again later.
+        """
+        with self._turn:
+            dead = self.dead()
+            self._launch(self._valkey.name in dead, self._seaweed.name in dead)
+
+    def _launch(self, valkey: bool, seaweed: bool) -> None:
+        """Start those of the two that are wanted and not running, then wait for both."""
+        if valkey and not self._valkey.alive:
+            self._launch_valkey()
+        if seaweed and not self._seaweed.alive:
+            self._launch_seaweed()
+        if valkey:
+            self._valkey.wait_ready(self._valkey_answers)
+        if seaweed:
+            self._seaweed.wait_ready(self._seaweed_answers)
 
     def stop(self) -> None:
         """End both servers, politely first. Fine when they are not running."""
@@ -551,7 +572,8 @@ class LocalServices:
         security = "".join(f'[jwt.{section}]\nkey = "{keys[name]}"\n' for section, name in sections.items())
         write_file(folder / "security.toml", security.encode())
         _private_folder(folder / "data")
-        self._ports = _choose_ports(self._folder / "ports.json")
+        # One that died comes back where its clients look for it.
+        self._ports = self._ports or _choose_ports(self._folder / "ports.json")
         options: dict[str, Any] = {
             "dir": "data",
             "ip": "127.0.0.1",

@@ -12,6 +12,7 @@ Nothing here does I/O.
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
@@ -33,12 +34,18 @@ from rankup.targets import Target
 
 PROTOCOL_VERSION = 1
 MAX_TOKENS = 2**40
+MAX_SHARDS_PER_LEASE = 256
+MAX_LEASE_BYTES = 256 * 1024**2
+"""Of all shards of a lease: a volunteer holds them in memory."""
+Voucher = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,1024}\.[0-9a-f]{64}$")]
+"""What a lease is, signed by its server, for a server that has forgotten it. A worker only keeps it."""
 
 
 class Tier(Message):
     """What volunteers with this much memory train: a lower rank needs less."""
 
     min_memory_gib: Annotated[Finite, Field(ge=0, le=65_536)]
+    """Of the GPU, or of the machine where it trains on the CPU."""
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)]
     """At most the recipe's; alpha shrinks with it, so that the scaling of the product stays."""
 
@@ -47,8 +54,11 @@ class RoundRequest(Message):
     """What an organiser asks for: `repeat` rounds of one model on one dataset, each on the version before it."""
 
     model: Identifier
+    """What is trained, as named by `rankup model import`; the base is its latest version when a round opens."""
     dataset: Identifier
+    """What it is trained on, as named by `rankup dataset build`."""
     recipe: Recipe = Recipe()
+    """How a shard is trained, and how contributions become a version."""
     shards: Annotated[int, Field(ge=1, le=1_000_000)] = 3
     """How many shards of the dataset one round hands out; the next round goes on after them and wraps around."""
     quorum: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
@@ -57,13 +67,15 @@ class RoundRequest(Message):
     min_contributions: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     """Shards with an accepted contribution without which the deadline does not close the round but moves."""
     deadline_s: Annotated[Finite, Field(ge=1, le=31_536_000)] = 86_400.0
+    """How long a round is open at most; a pause does not count."""
     grace_s: Annotated[Finite, Field(ge=0, le=604_800)] = 300.0
     """How long a round that closes still waits for volunteers who are training."""
     lease_s: Annotated[Finite, Field(ge=1, le=604_800)] = 1_200.0
     """How long a lease lives without a heartbeat."""
     lease_target_s: Annotated[Finite, Field(ge=1, le=604_800)] = 1_200.0
     """How long a lease should take: who is faster gets more shards at once."""
-    max_shards_per_lease: Annotated[int, Field(ge=1, le=256)] = 16
+    max_shards_per_lease: Annotated[int, Field(ge=1, le=MAX_SHARDS_PER_LEASE)] = 16
+    """Of neighbouring shards, trained together as one contribution; with 1 each is a contribution of its own."""
     copies: Annotated[int, Field(ge=1, le=8)] = 2
     """How many volunteers may train one shard at a time, once none is free and a second one would be faster."""
     tiers: Annotated[tuple[Tier, ...], Field(max_length=16)] = ()
@@ -77,6 +89,7 @@ class RoundRequest(Message):
     licence: Annotated[str, StringConstraints(max_length=256)] = ""
     """Under which contributions are given, as volunteers are told; empty: that of the model."""
     repeat: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """How many rounds the campaign has, each on the version that the one before it made."""
     max_loss_increase: Annotated[Finite, Field(ge=0, le=10)] = 0.02
     """Release gate: the new held-out loss may exceed the parent's by at most this, in nats per token."""
 
@@ -93,7 +106,23 @@ class RoundRequest(Message):
     def _tiers_below_the_recipe(self) -> RoundRequest:
         if any(tier.rank > self.recipe.rank for tier in self.tiers):
             raise ValueError(f"a tier has a higher rank than the recipe ({self.recipe.rank})")
+        ladder = sorted((tier.min_memory_gib, tier.rank) for tier in self.tiers)
+        for (less, lower), (more, higher) in pairwise(ladder):
+            if less == more or lower >= higher:
+                raise ValueError(
+                    f"tiers from {less:g} GiB (rank {lower}) and {more:g} GiB (rank {higher}): more memory "
+                    "must mean a higher rank"
+                )
         return self
+
+
+class CloseRequest(Message):
+    """How a round closes early."""
+
+    grace: bool = True
+    """Wait up to the round's `grace_s` for those who are training."""
+    last: bool = False
+    """Open no further round of the campaign."""
 
 
 class RoundState(StrEnum):
@@ -158,6 +187,17 @@ class RoundView(Answer):
     published_version: int | None = None
     heldout_loss: float | None = None
     parent_heldout_loss: float | None = None
+
+    def whereabouts(self) -> dict[str, int]:
+        """Where the shards are: accepted, submitted, training, free. They add up to all of them.
+
+        A lease may hold several, so what is neither free nor accepted is split by the numbers of deltas and leases.
+        """
+        accepted = min(self.accepted, self.shards)
+        free = min(self.free, self.shards - accepted)
+        held, hands = self.shards - accepted - free, self.submitted + self.leased
+        submitted = round(held * self.submitted / hands) if hands else 0
+        return {"accepted": accepted, "submitted": submitted, "training": held - submitted, "free": free}
 
 
 # -- the volunteer -----------------------------------------------------------------------------------------------------
@@ -251,6 +291,8 @@ class LeaseGrant(Answer):
     max_delta_bytes: int
     expires_at: float
     heartbeat_s: float
+    voucher: Voucher | Literal[""] = ""
+    """Empty: this server writes none."""
 
 
 NoWorkCode = Literal[
@@ -293,6 +335,12 @@ class HeartbeatAnswer(Answer):
 class ReturnRequest(Message):
     fence: Annotated[int, Field(ge=0, le=2**53)]
     reason: Annotated[str, StringConstraints(max_length=512)] = ""
+
+
+class RestoreRequest(Message):
+    """The server has forgotten the lease: here is what it is."""
+
+    voucher: Voucher
 
 
 class UploadRequest(Message):
@@ -365,6 +413,36 @@ class ContributorRow(Answer):
     """Accepted tokens whose round has not been published yet."""
     reputation: float | None = None
     """Lower bound of its rating among the contributors (mu - 3 sigma); None before the first comparison."""
+
+
+class LeaseProgress(Answer):
+    """A lease under way, as everybody may see it."""
+
+    name: str
+    """Its volunteer's, as chosen by the volunteer."""
+    shard: int
+    shards: int = 1
+    step: int
+    """By the last heartbeat."""
+    steps: int
+    """Of the whole lease."""
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    granted_at: float
+    seen_at: float
+    """When it was heard of last."""
+    done_at: float | None = None
+    """When it will be done at its pace so far; None before its first step."""
+
+
+class LeasesAtWork(Answer):
+    round_id: Identifier
+    at: float
+    """The server's clock when this was read."""
+    total: int
+    """All leases under way; the list may be cut."""
+    leases: tuple[LeaseProgress, ...]
+    """Those that were heard of last first."""
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A round states it and the manifest of its version repeats it, so a version says 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Final, Literal
 
 from pydantic import Field
@@ -44,7 +45,9 @@ class OuterStep(Message):
     """
 
     learning_rate: Annotated[Dyadic, Field(gt=0)] = 0.75
+    """Of the step that the sum of a round is: a multiple of 1/256."""
     momentum: Annotated[Dyadic, Field(lt=1)] = 0.875
+    """Nesterov's, from round to round: a multiple of 1/256; 0 keeps no state."""
 
     @property
     def keeps_state(self) -> bool:
@@ -60,23 +63,28 @@ class Aggregation(Message):
     """How accepted contributions become one step: screening of the cohort, weights, outer step."""
 
     rule: Rule = "mean_by_tokens"
+    """How contributions are weighed; all but the mean withstand a share of bad ones."""
     clip_norm_ratio: Annotated[Finite, Field(ge=1, le=1e6)] = 1.5
-    """A contribution whose Frobenius norm exceeds this multiple of the cohort's median is scaled down to it."""
+    """A contribution whose Frobenius norm exceeds this multiple of the cohort's median is scaled down to it. More
+    shards make a longer delta (16 in one lease about three times that of one, in `aggregator.tiny`): beside small
+    leases it is scaled down, though its tokens count in full."""
     byzantine_share: Annotated[Finite, Field(ge=0, lt=0.5)] = 0.3
     """Share of bad contributions that the rule should withstand; the mean does not use it."""
     max_cosine: Annotated[Finite, Field(gt=0, le=1)] | None = MAX_COSINE
     """Of contributions that are more alike than this, the first one counts; None lets all count."""
     max_loss_mads: Annotated[Finite, Field(gt=0, le=1e6)] | None = MAX_LOSS_MADS
-    """A contribution counts if its held-out loss is at most this many median absolute deviations above the cohort's
-    median; None leaves contributions unmeasured."""
+    """A contribution counts if its held-out loss is at most this many median absolute deviations above the median of
+    those that were trained on about as many shards; None leaves contributions unmeasured."""
     min_descent: Annotated[Finite, Field(ge=0, lt=1)] | None = MIN_DESCENT
     """A contribution counts if the held-out loss falls along it, at first, by at least this share of what it does along
     the cohort's median one; None leaves slopes unmeasured."""
-    max_staleness: Annotated[int, Field(ge=0, le=64)] = 0
-    """How many versions older than the round's base a delta's own base may be."""
+    max_staleness: Annotated[int, Field(ge=0, le=64)] = 1
+    """How many versions older than the round's base a delta's own base may be, and how many earlier rounds of the
+    campaign late deltas may come from; 0: none is taken."""
     staleness_decay: Annotated[Dyadic, Field(gt=0, le=1)] = 0.5
     """Factor of a delta's weight for each version that its base is older."""
     outer: OuterStep = OuterStep()
+    """What the sum of a round does to the weights; learning_rate 1 and momentum 0 simply add it."""
 
 
 class Recipe(Message):
@@ -87,21 +95,31 @@ class Recipe(Message):
     """
 
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
+    """Of B·A, the delta of a layer: what a volunteer trains grows with it, and so does the upload."""
     rank_pattern: Annotated[dict[TensorName, Annotated[int, Field(ge=1, le=MAX_RANK)]], Field(max_length=256)] = Field(
         default_factory=dict
     )
     """Last parts of module names -> rank of their layers, where it is not `rank`; the longest name that fits counts."""
     alpha: Annotated[Finite, Field(gt=0, le=65536)] = 16.0
+    """The delta is scaled by alpha / rank."""
     rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
     learning_rate: Annotated[Finite, Field(gt=0, le=1)] = 5e-4
+    """Highest one of a volunteer's training."""
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 25
+    """Optimizer steps on one shard; a lease of several shards has as many times more."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
+    """Examples of one step; a small GPU takes them a few at a time, with the same result."""
     max_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 128
     """Longest example, in tokens; longer ones are cut."""
     warmup_steps: Annotated[int, Field(ge=0, le=100_000)] = 3
+    """Steps in which the learning rate rises to its highest."""
     lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
+    """How the learning rate goes on after that."""
     weight_decay: Annotated[Finite, Field(ge=0, le=10)] = 0.0
+    """Of AdamW, on A and B."""
     max_grad_norm: Annotated[Finite, Field(gt=0, le=1e6)] = 1.0
+    """Longer gradients are cut to this norm."""
     target_modules: Literal["all-linear"] | Annotated[tuple[TensorName, ...], Field(min_length=1, max_length=256)] = (
         "all-linear"
     )
@@ -116,3 +134,17 @@ class Recipe(Message):
     mantissa_bits: Literal[16, 8] = 16
     """Width of a delta's numbers: 8 halves the upload and costs about two per cent of each product."""
     aggregation: Aggregation = Aggregation()
+    """What happens to contributions when the round closes."""
+
+    def tier_rank(self, rank: int, tier: int | None) -> int:
+        """What a rank of this recipe becomes where its `rank` becomes `tier`: all shrink alike; None leaves it."""
+        return rank if tier is None else max(1, rank * tier // self.rank)
+
+    def at_tier(self, tier: int | None) -> Recipe:
+        """The recipe as volunteers of a tier train it: lower ranks, and alpha so that `scaling` stays."""
+        if tier is None or tier == self.rank:
+            return self
+        share = tier / self.rank
+        pattern = {name: self.tier_rank(rank, tier) for name, rank in self.rank_pattern.items()}
+        alpha = self.alpha * (math.sqrt(share) if self.rslora else share)
+        return self.model_copy(update={"rank": tier, "alpha": alpha, "rank_pattern": pattern})

@@ -144,6 +144,11 @@ class RoundEnd(Message):
     reason: Text = ""
     published_version: Annotated[int, Field(ge=1)] | None = None
     evaluation: Evaluation | None = None
+    closed_at: Finite | None = None
+    rounds: Annotated[int, Field(ge=1)] = 1
+    """How many its campaign has, as the organiser last said."""
+    paused: bool = False
+    """The next round of the campaign opens paused."""
     ended_at: Finite
 
 

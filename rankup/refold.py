@@ -3,7 +3,8 @@
 The bits are those of the fold (`rankup.foldrows`): this module only says where the bytes come from and where they go.
 
 What always holds:
-- a contribution is one of the round, in full: its header, every shape and every value are checked before it counts;
+- a contribution is one of the round, or of the earlier one that its term names, in full: its header, every shape and
+  every value are checked before it counts;
 - with `revoked`, the sum is that of a round in which those contributions had coefficient 0;
 - the parent's tensors are hashed on the way, and a wrong one raises before a file is complete;
 - memory is a few tiles and the factors of one tensor; contributions are opened for each read: there may be thousands.
@@ -100,7 +101,7 @@ class RoundSum:
             reader = DeltaReader(read_at, path.stat().st_size)
             expected = DeltaHeader(
                 model=manifest.model,
-                round_id=manifest.round_id,
+                round_id=term.round_id or manifest.round_id,
                 lease_id=reader.header.lease_id,  # the lease is not in the manifest
                 base_manifest=term.base_manifest or manifest.parent,
             )

@@ -15,6 +15,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from rankup.message import Identifier
+
 
 def state_home() -> Path:
     """Folder for everything that Rankup keeps on this machine: `$RANKUP_HOME` or the platform's user data folder."""
@@ -79,14 +81,33 @@ class CoordinatorSettings(RoomSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8420, ge=1, le=65535)
+    enrolment: Literal["invite", "open", "approval"] = "invite"
+    """Who may join: whoever has an invite; anybody; anybody, but without an invite no work before the organiser has
+    approved."""
     invite: SecretStr = SecretStr("")
-    """Needed to enrol; empty: anybody may."""
+    """An invite without an end, beside those of `rankup people invite`; empty: there is none."""
+    token_days: float = Field(default=90.0, gt=0)
+    """How long a worker's token is good for; workers get the next one by themselves."""
     organiser_token: SecretStr = SecretStr("")
     """Bearer token of organiser calls; empty: there are none."""
     metrics_token: SecretStr = SecretStr("")
     """Bearer token that opens `/metrics` and nothing else; empty: only the organiser's does."""
     publisher_key_file: Path = Path("publisher.key")
     """Ed25519 private key, PEM, mode 600."""
+    enrols_per_min: int = Field(default=60, ge=0)
+    """Rate limits (`coordinator.ratelimit`), for each process of the gateway; 0: none. This one is for an address."""
+    claims_per_min: int = Field(default=240, ge=0)
+    """Of a worker."""
+    heartbeats_per_min: int = Field(default=240, ge=0)
+    """Of a worker."""
+    deliveries_per_min: int = Field(default=480, ge=0)
+    """Of a worker: its other calls about leases."""
+    requests_per_min: int = Field(default=6000, ge=0)
+    """Of an address: everything else."""
+    refusals_per_min: int = Field(default=300, ge=0)
+    """Of an address: calls with a token that nobody knows."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Networks, such as 10.0.0.0/8, of the proxies in front whose `X-Forwarded-For` says where a call came from."""
     max_body_bytes: int = 64 * 1024
     max_delta_bytes: int = 2 * 1024**3
     transfer: Literal["presigned", "proxied"] = "presigned"
@@ -95,8 +116,15 @@ class CoordinatorSettings(RoomSettings):
     spool_dir: Path | None = None
     """Where a delta lies while it arrives through the gateway; None: the system's folder for temporary files."""
     heartbeat_s: float = Field(default=15.0, gt=0)
+    """How often a volunteer who trains reports, as long as they are few."""
+    beats_per_s: float = Field(default=50.0, gt=0)
+    """Heartbeats that all volunteers together may send: the more of them, the rarer each one's."""
     poll_s: float = Field(default=5.0, gt=0)
-    """How soon a volunteer without work should ask again."""
+    """How soon a volunteer without work should ask again, as long as they are few."""
+    polls_per_s: float = Field(default=50.0, gt=0)
+    """Questions for work that all volunteers without any together may send."""
+    replicas: int = Field(default=1, ge=1, le=256)
+    """Processes that serve the gateway; rate limits count in each."""
     tick_s: float = Field(default=0.5, gt=0)
     """Pause between two looks of the keeper."""
     fold_group_bytes: int = 128 * 1024**2
@@ -129,5 +157,7 @@ class WorkerSettings(RoomSettings):
     """Most room for base versions; `disk_max_used_gb` of limits.yaml overrides it."""
     checkpoint_every_s: float = Field(default=60.0, gt=0)
     """How often a training is written to disk, so that a crash costs at most this much."""
+    models: tuple[Identifier, ...] = Field(default=(), max_length=64)
+    """Models to train; empty: any."""
     dedicated: bool = False
     """The machine does nothing else: work whether it runs on batteries or somebody uses it."""

@@ -71,6 +71,8 @@ class StoredObject:
     size_bytes: int
     modified_at: float
     """Unix seconds, by the store's clock: when these bytes were written."""
+    etag: str = ""
+    """Changes with the bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +366,8 @@ class S3Store:
             )
             for page in pages:
                 for entry in page.get("Contents", ()):
-                    yield StoredObject(str(entry["Key"]), int(entry["Size"]), entry["LastModified"].timestamp())
+                    written_at = entry["LastModified"].timestamp()
+                    yield StoredObject(str(entry["Key"]), int(entry["Size"]), written_at, str(entry["ETag"]))
 
     def get_file(self, key: str, path: Path, *, progress: Progress | None = None) -> None:
         _write_atomically(path, self._chunks(_checked(key)), progress)
@@ -565,8 +568,8 @@ class MemoryStore:
     def scan(self, prefix: str) -> Iterator[StoredObject]:
         with self._lock:
             found = [
-                StoredObject(key, len(data), self._written_at[key])
-                for key, (data, _) in sorted(self._objects.items())
+                StoredObject(key, len(data), self._written_at[key], etag)
+                for key, (data, etag) in sorted(self._objects.items())
                 if key.startswith(prefix)
             ]
         yield from found

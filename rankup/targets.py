@@ -103,6 +103,14 @@ def select_targets(targets: Mapping[str, Target], recipe: Recipe) -> dict[str, T
     return {name: targets[name].model_copy(update={"rank": ranks.get(name, 1)}) for name in sorted(chosen)}
 
 
+def targets_at_tier(targets: Mapping[str, Target], recipe: Recipe, tier: int | None) -> dict[str, Target]:
+    """The targets of a round with the ranks that volunteers of a tier train: see `Recipe.tier_rank`."""
+    return {
+        name: target.model_copy(update={"rank": recipe.tier_rank(target.rank, tier)})
+        for name, target in targets.items()
+    }
+
+
 def rank_of(recipe: Recipe, modules: Mapping[str, str]) -> dict[str, int]:
     """Rank of each weight: the longest entry of `rank_pattern` that fits its module, else the recipe's rank.
 

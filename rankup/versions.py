@@ -110,6 +110,16 @@ def receipt_key(round_id: str, contribution: str) -> str:
     return f"{receipt_prefix(round_id)}{_hex(contribution)}.json"
 
 
+def submission_prefix(round_id: str) -> str:
+    """The submissions of a round that have no verdict yet."""
+    return f"rounds/{_name(round_id)}/submissions/"
+
+
+def submission_key(round_id: str, lease_id: str) -> str:
+    """What was handed in with a lease, until it is judged: canonical JSON of a Submission."""
+    return f"{submission_prefix(round_id)}{_name(lease_id)}.json"
+
+
 def round_end_key(round_id: str) -> str:
     """How a round ended: canonical JSON of a RoundEnd."""
     return f"rounds/{_name(round_id)}/end.json"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
 from rankup.local import LocalServices
 from rankup.settings import LedgerSettings
@@ -12,6 +13,14 @@ from rankup.store import MemoryStore, S3Store
 
 if TYPE_CHECKING:
     from coordinator.cluster import Cluster
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A command that a test runs in this process sets up the logs; the next test must not inherit that."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

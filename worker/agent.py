@@ -5,9 +5,9 @@
     deliver  whatever the outbox still holds from before, first
     go on    with a training that an earlier run left a checkpoint of, if its lease is still of use
     claim    ── paused: wait, without a lease
-             ── nothing to do: ask for verdicts, wait as long as the server says, claim again
+             ── nothing to do, or not approved yet: ask for verdicts, wait as long as the server says, claim again
     base     pull the exact version that the lease names into the cache, every hash checked against the pinned key
-    shard    download, size and hash checked
+    shards   download, sizes and hashes checked
     train    child process; its steps go to the heartbeat and to the display; pauses and retries (`worker.leasework`)
     keep     the finished delta goes into the outbox before anything else
     deliver  upload, submit; the verdict is asked for later, the next lease does not wait for it
@@ -49,8 +49,16 @@ from rankup.errors import (
     StateError,
     UnauthenticatedError,
 )
-from rankup.message import DisplayName, PublicKey
-from rankup.protocol import EnrolRequest, EnrolStatement, Heartbeat, LeaseGrant, ReturnRequest
+from rankup.message import DisplayName, PublicKey, TeamName
+from rankup.protocol import (
+    ClaimRequest,
+    EnrolRequest,
+    EnrolStatement,
+    Heartbeat,
+    LeaseGrant,
+    ReturnRequest,
+    Standing,
+)
 from rankup.settings import WorkerSettings
 from rankup.sources import GatewaySource
 from worker import device, identity
@@ -103,6 +111,7 @@ def run(
     *,
     invite: str = "",
     name: DisplayName | None = None,
+    team: TeamName | None = None,
     settings: WorkerSettings,
     max_leases: int | None = None,
     stop: threading.Event,
@@ -115,15 +124,16 @@ def run(
 ) -> Summary:
     """Work for the server at `url` until `stop` is set, Ctrl-C, or `max_leases` leases are done.
 
-    `name`: how the leaderboard shows this machine (default: the one of the last time, or made up from its key). With
-    `max_leases` the last verdicts are waited for, at most `verdict_wait_s`. `report` may be called from several
-    threads, never at the same time. `sense` reads the machine for the limits (default: this machine).
+    `name`: how the leaderboard shows this machine (default: the one of the last time, or made up from its key).
+    `team`: whose credit its work adds to (default: the one of the last time, or none). With `max_leases` the last
+    verdicts are waited for, at most `verdict_wait_s`. `report` may be called from several threads, never at the same
+    time. `sense` reads the machine for the limits (default: this machine).
     `keep_lease`, asked when a stop comes in the middle of a training: whether the lease stays ours, for the next run to
     go on, instead of going back.
 
-    Raises `UnreachableError` (no answer for `patience_s`; the outbox keeps what is done), `DeniedError` (wrong invite),
-    `SetupError` (this machine or its version cannot work here), `IntegrityError` (publisher key changed),
-    `DiskFullError`, and the error of the third failed lease in a row.
+    Raises `UnreachableError` (no answer for `patience_s`; the outbox keeps what is done), `DeniedError` (wrong invite,
+    or the organiser wants no more work of this machine), `SetupError` (this machine or its version cannot work here),
+    `IntegrityError` (publisher key changed), `DiskFullError`, and the error of the third failed lease in a row.
     """
     server = identity.normalise_url(url)
     try:
@@ -157,6 +167,7 @@ def run(
                 server,
                 invite,
                 name,
+                team,
                 settings,
                 stop,
                 tally,
@@ -205,6 +216,7 @@ class _Agent:
         server: str,
         invite: str,
         name: str | None,
+        team: str | None,
         settings: WorkerSettings,
         stop: threading.Event,
         tally: Tally,
@@ -219,6 +231,7 @@ class _Agent:
         self._server = server
         self._invite = invite
         self._name = name
+        self._team = team
         self._settings = settings
         self._stop = stop
         self._report = tally
@@ -285,13 +298,21 @@ class _Agent:
             if held is not None:
                 self._sit_out(held)
                 continue
-            answer = self._with_token(self._patient.claim)
+            answer = self._with_token(lambda: self._patient.claim(self._wishes()))
             if answer.lease is None:
-                self._report(NoWork(answer.reason, answer.retry_after_s))
+                self._report(NoWork(answer.reason, answer.retry_after_s, answer.why))
                 self._rest(answer.retry_after_s * random.uniform(1.0, 1.25))  # noqa: S311 - jitter, not a secret
                 continue
             leases += 1
             self._work_on(answer.lease)
+
+    def _wishes(self) -> ClaimRequest:
+        """What is asked for with a claim, as the machine is now."""
+        return ClaimRequest(
+            models=self._settings.models,
+            memory_bytes=device.free_memory(self._settings.device),
+            available_s=self._governor.available_s(),
+        )
 
     def _deliver(self) -> None:
         """Upload and submit what is ready, if anything may be uploaded now, and ask for verdicts."""
@@ -332,7 +353,8 @@ class _Agent:
         info = self._patient.info()
         self._require_publisher(info.publisher_key, info.models)
         known = self._pinned
-        if known is None or (self._name is not None and self._name != known.name):
+        renamed = known is not None and (self._name or known.name, self._chosen_team()) != (known.name, known.team)
+        if known is None or renamed:
             self._enrol()
         else:
             self._report(Enrolled(known.worker_id, known.name, self._server, new=False))
@@ -346,6 +368,10 @@ class _Agent:
                     self._pinned = identity.pin(self._folder, pinned, shown)
         identity.check_publisher(self._pinned, shown)
 
+    def _chosen_team(self) -> str:
+        """What the owner says now, else what they said the last time; empty: no team."""
+        return self._team if self._team is not None else self._pinned.team if self._pinned else ""
+
     def _enrol(self) -> identity.Identity:
         public_key = signing.public_key_hex(self._key)
         name = self._name or (self._pinned.name if self._pinned else f"volunteer-{public_key[:6]}")
@@ -353,17 +379,24 @@ class _Agent:
             public_key=public_key,
             name=name,
             invite=self._invite,
+            team=self._chosen_team(),
             device=device.profile(self._settings.device, self._settings.threads),
             issued_at=time.time(),
         )
         signature = signing.sign(self._key, "enrol", statement)
         answer = self._patient.enrol(EnrolRequest(statement=statement, signature=signature))
+        if answer.standing is Standing.BANNED:
+            raise DeniedError(
+                f"{self._server} takes no more work of this machine ({answer.worker_id})",
+                remedy="Ask the organiser why; `rankup worker logs` shows what was handed in.",
+            )
         if self._pinned is not None and self._pinned.publisher_key != answer.publisher_key:
             self._require_publisher(answer.publisher_key, self._patient.info().models)
-        self._pinned = identity.save_identity(self._folder, self._server, statement.name, answer)
+        self._pinned = identity.save_identity(self._folder, self._server, statement.name, answer, team=statement.team)
         for client in (self._patient, self._steady):
             client.use_token(answer.token)
-        self._report(Enrolled(answer.worker_id, statement.name, self._server, new=True))
+        waiting = answer.standing is Standing.WAITING
+        self._report(Enrolled(answer.worker_id, statement.name, self._server, new=True, waiting=waiting))
         return self._pinned
 
     def _with_token(self, call: Callable[[], T]) -> T:
@@ -397,7 +430,15 @@ class _Agent:
         if self._pinned is None:
             raise SetupError("the worker has not enrolled")
         self._report(
-            Claimed(grant.lease_id, grant.round_id, grant.model, grant.base_version, grant.shard, grant.recipe.steps)
+            Claimed(
+                grant.lease_id,
+                grant.round_id,
+                grant.model,
+                grant.base_version,
+                grant.shard,
+                grant.recipe.steps * grant.shards,
+                grant.shards,
+            )
         )
         with (
             lease_folder(self._folder, grant) as lease,
@@ -439,7 +480,7 @@ class _Agent:
             returned = self._give_back(lease.grant, _LEFT if self._governor.leaving else _STOPPED)
             lease.kept = wanted and not returned
         if lease.kept:
-            self._report(Kept(lease.grant.lease_id, step, lease.grant.recipe.steps))
+            self._report(Kept(lease.grant.lease_id, step, lease.grant.recipe.steps * lease.grant.shards))
 
     def _count_failure(self, error: RankupError) -> None:
         """Go on after a failed lease, ever more slowly; raise after the third in a row that failed on this machine."""

@@ -43,6 +43,7 @@ from rankup.protocol import (
     PROTOCOL_VERSION,
     BlobLink,
     ClaimAnswer,
+    ClaimRequest,
     Enrolled,
     EnrolRequest,
     Heartbeat,
@@ -167,8 +168,8 @@ class GatewayClient:
     def enrol(self, request: EnrolRequest) -> Enrolled:
         return self._call("POST", "/v1/workers", request, Enrolled)
 
-    def claim(self) -> ClaimAnswer:
-        return self._call("POST", "/v1/leases", None, ClaimAnswer)
+    def claim(self, request: ClaimRequest) -> ClaimAnswer:
+        return self._call("POST", "/v1/leases", request, ClaimAnswer)
 
     def lease(self, lease_id: str, *, policy: RetryPolicy | None = None) -> LeaseView:
         return self._call("GET", f"/v1/leases/{lease_id}", None, LeaseView, policy)

@@ -6,6 +6,7 @@ GPU's memory. What it says is for display and for choosing work; the trainer ask
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shutil
@@ -44,6 +45,24 @@ def profile(device: str = "auto", threads: int = 0) -> DeviceProfile:
     )
 
 
+def free_memory(device: str = "auto") -> int | None:
+    """Bytes that a training may take now: of the card for cuda, of the machine for cpu and mps; None: unknown."""
+    if device == "auto" or device.startswith("cuda"):
+        card = gpu_number(device)
+        free = parse_free_memory(_nvidia_smi("memory.free") or "")
+        if card < len(free):
+            return free[card]
+        if device != "auto":
+            return None
+    if device == "xpu":
+        return None
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)
+
+
 def gpu_number(device: str) -> int:
     """The number of the card that `device` means: 1 for "cuda:1", 0 where none is named."""
     number = device.partition(":")[2]
@@ -80,14 +99,25 @@ def parse_nvidia_smi(text: str) -> list[tuple[str, int]]:
     return found
 
 
+def parse_free_memory(text: str) -> list[int]:
+    """Bytes of each GPU, from nvidia-smi's `csv,noheader,nounits` of `memory.free`; a card that does not tell ends the
+    list."""
+    told = itertools.takewhile(str.isdigit, (line.strip() for line in text.splitlines()))
+    return [int(mebibytes) * 1024**2 for mebibytes in told]
+
+
 def _nvidia(number: int) -> tuple[str, int] | None:
+    gpus = parse_nvidia_smi(_nvidia_smi("name,memory.total") or "")
+    return gpus[number] if number < len(gpus) else None
+
+
+def _nvidia_smi(fields: str) -> str | None:
+    """These fields of every card, as lines; None where there is no driver, or one that does not answer."""
     binary = shutil.which("nvidia-smi")
     if binary is None:
         return None
-    command = [binary, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    command = [binary, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return None  # a driver that does not answer is a machine without a usable GPU
-    gpus = parse_nvidia_smi(answer.stdout)
-    return gpus[number] if number < len(gpus) else None
+        return None

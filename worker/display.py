@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rankup.protocol import NoWorkCode
 from worker.events import (
     Abandoned,
     Claimed,
@@ -41,10 +42,23 @@ from worker.events import (
     Verdict,
     Waiting,
     WorkerEvent,
+    shards_in_words,
 )
 
 Report = Callable[[WorkerEvent], None]
 _QUIET_S = 2.0
+_NO_WORK: Mapping[NoWorkCode | None, str] = {
+    None: "no open round",
+    "no_round": "no open round",
+    "all_handed_out": "every shard is being trained",
+    "paused": "the organiser has paused the round",
+    "too_little_memory": "the open rounds need more memory than is free here",
+    "too_little_time": "no lease fits into the time that your hours leave",
+    "other_models": "no open round trains a model that you asked for (--model)",
+    "not_listed": "the open rounds are for volunteers that the organiser chose",
+    "waiting": "the organiser has not approved this machine yet",
+}
+"""Where the server gives a code without words."""
 
 
 @contextmanager
@@ -81,17 +95,18 @@ def describe(event: WorkerEvent) -> str:
     """The event in plain words, one line."""
     match event:
         case Enrolled():
-            return f"{'Joined' if event.new else 'Back at'} {event.server} as {event.name} ({event.worker_id})"
+            wait = "; the organiser has to approve this machine before it gets work" if event.waiting else ""
+            return f"{'Joined' if event.new else 'Back at'} {event.server} as {event.name} ({event.worker_id}){wait}"
         case Claimed():
             return (
-                f"Got shard {event.shard} of round {event.round_id}: {event.steps} steps on {event.model} "
-                f"version {event.base_version}"
+                f"Got {shards_in_words(event.shard, event.shards)} of round {event.round_id}: {event.steps} steps on "
+                f"{event.model} version {event.base_version}"
             )
         case NoWork():
-            reason = event.reason.rstrip(".") or "no open round"
+            reason = event.reason.rstrip(".") or _NO_WORK[event.why]
             return f"No work now: {reason}; asking again in {event.retry_after_s:.0f} s"
         case Downloading():
-            name = "the base version" if event.what == "base" else "the shard"
+            name = "the base version" if event.what == "base" else "the examples"
             return f"Downloading {name}: {_amount(event.done)} of {_amount(event.total)}"
         case Starting():
             return "Loading the model"

@@ -8,21 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankup.errors import RankupError
+from rankup.protocol import NoWorkCode
 
 
 @dataclass(frozen=True)
 class Enrolled:
-    """The server knows this machine; `new` is False when an earlier identity was used again."""
+    """The server knows this machine; `new` is False when an earlier identity was used again, `waiting` says that the
+    organiser has not approved it yet."""
 
     worker_id: str
     name: str
     server: str
     new: bool
+    waiting: bool = False
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """A shard to train."""
+    """Shards to train: `shard` is the first of `shards`."""
 
     lease_id: str
     round_id: str
@@ -30,19 +33,22 @@ class Claimed:
     base_version: int
     shard: int
     steps: int
+    """Of the whole lease."""
+    shards: int = 1
 
 
 @dataclass(frozen=True)
 class NoWork:
-    """The server has nothing to train just now."""
+    """The server has nothing to train just now; `why` is its code for programs."""
 
     reason: str
     retry_after_s: float
+    why: NoWorkCode | None = None
 
 
 @dataclass(frozen=True)
 class Downloading:
-    """Bytes of the base version or of the shard; `what` is "base" or "shard"."""
+    """Bytes of the base version or of the lease's shards; `what` is "base" or "shard"."""
 
     what: str
     done: int
@@ -157,6 +163,11 @@ class Problem:
     """Something went wrong; the agent goes on unless `run` raises."""
 
     error: RankupError
+
+
+def shards_in_words(shard: int, shards: int) -> str:
+    """Which shards, such as "shard 4", or "shards 4-7" for four of them."""
+    return f"shard {shard}" if shards == 1 else f"shards {shard}-{shard + shards - 1}"
 
 
 WorkerEvent = (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rankup.errors import RankupError
 from worker.events import Problem, WorkerEvent
-from worker.limits import Limits, UserPause, Verdict, step, transfer_reason
+from worker.limits import Limits, UserPause, Verdict, available_s, step, transfer_reason
 from worker.limitsfile import LimitsWatch
 from worker.readings import Sense
 from worker.traffic import Traffic
@@ -95,6 +95,10 @@ class Governor:
     def transfer_hold(self) -> str | None:
         """Why nothing may be uploaded or downloaded now, in plain words; None when it may."""
         return self._verdict.transfer
+
+    def available_s(self) -> float | None:
+        """Seconds until an hour at which nothing may be trained; None: the owner set no hours."""
+        return available_s(self.limits, self._now())
 
     def pause(self, seconds: float | None) -> None:
         """The owner wants a pause, for `seconds` or until `resume`."""

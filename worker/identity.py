@@ -30,10 +30,11 @@ from rankup.protocol import Enrolled
 
 
 class Identity(Message):
-    """What the server gave at enrolment."""
+    """What was said at enrolment, and what the server gave."""
 
     server: str
     name: str
+    team: str = ""
     worker_id: Identifier
     token: str
     publisher_key: PublicKey
@@ -141,11 +142,12 @@ def check_publisher(pinned: Identity | None, publisher_key: str) -> None:
         )
 
 
-def save_identity(folder: ServerFolder, server: str, name: str, answer: Enrolled) -> Identity:
+def save_identity(folder: ServerFolder, server: str, name: str, answer: Enrolled, *, team: str = "") -> Identity:
     """Store what enrolment gave (mode 600, atomic) and return it."""
     identity = Identity(
         server=server,
         name=name,
+        team=team,
         worker_id=answer.worker_id,
         token=answer.token,
         publisher_key=answer.publisher_key,

@@ -16,6 +16,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, TypeAdapter
 
 from rankup.message import Digest, Finite, Identifier, Message, TensorName
+from rankup.protocol import MAX_SHARDS_PER_LEASE
 from rankup.recipe import Recipe
 from rankup.targets import Target
 
@@ -27,7 +28,7 @@ class TrainerExit(IntEnum):
     CRASHED = 1
     """Anything unforeseen; the log has the traceback."""
     BAD_JOB = 2
-    """The shard or the base does not fit the job: training again gives the same answer."""
+    """A shard or the base does not fit the job: training again gives the same answer."""
     NOT_FINITE = 65
     """The loss or a factor became NaN or infinite."""
     DEVICE_FAILED = 70
@@ -50,11 +51,12 @@ class Job(Message):
     base_manifest: Digest
     base_folder: Path
     """A Hugging Face folder whose hashes have been checked."""
-    shard_file: Path
-    """JSON lines, one example each."""
+    shard_files: Annotated[tuple[Path, ...], Field(min_length=1, max_length=MAX_SHARDS_PER_LEASE)]
+    """JSON lines, one example each, in the order of the shards; all of them are trained together."""
     delta_file: Path
     """Where the delta is to be written."""
     recipe: Recipe
+    """With the steps of one shard."""
     seed: int
     targets: dict[TensorName, Target]
     device: str = "auto"
@@ -70,6 +72,11 @@ class Job(Message):
     share_percent: Annotated[int, Field(ge=1, le=100)] = 100
     """Of the time that a step takes until the next one ends, what is spent computing."""
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps over all shards; warm-up and schedule go over all of them."""
+        return self.recipe.steps * len(self.shard_files)
+
     def training_digest(self) -> str:
         """What is trained, as sha256: a checkpoint of one job serves another exactly if these are equal.
 
@@ -78,11 +85,11 @@ class Job(Message):
         what = self.model_dump_json(
             include={"round_id", "lease_id", "model", "base_manifest", "recipe", "seed", "targets"}
         )
-        return hashlib.sha256(what.encode()).hexdigest()
+        return hashlib.sha256(f"{len(self.shard_files)} {what}".encode()).hexdigest()
 
 
 class Ready(Message):
-    """Base and shard are loaded, the next step follows."""
+    """Base and shards are loaded, the next step follows."""
 
     kind: Literal["ready"] = "ready"
     device: str
@@ -93,7 +100,7 @@ class Ready(Message):
     """Whether `PAUSE` on standard input makes it write a checkpoint and end."""
     import_s: Finite
     setup_s: Finite
-    """Loading the base and preparing the shard, imports not counted."""
+    """Loading the base and preparing the shards, imports not counted."""
 
 
 class StepDone(Message):

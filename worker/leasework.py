@@ -1,8 +1,8 @@
 """One lease from its grant to a delta in the outbox, with pauses and failures of the trainer on the way.
 
-    base ─> shard ─> trainer ──────────────> outbox
-     ^        ^         │  ^ checkpoint
-     └────────┴─ pause ─┘  └─ failed: again, smaller or later, if `worker.recovery` says so
+    base ─> shards ─> trainer ──────────────> outbox
+     ^        ^          │  ^ checkpoint
+     └────────┴─ pause ──┘  └─ failed: again, smaller or later, if `worker.recovery` says so
 
 What always holds:
 - while the governor holds the work up, no trainer runs and nothing is downloaded; the heartbeat goes on, so the lease
@@ -24,9 +24,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rankup.durable import write_file
-from rankup.errors import IntegrityError
+from rankup.errors import InputError, IntegrityError, TooLargeError
 from rankup.message import PublicKey
-from rankup.protocol import LeaseGrant, SubmitStatement
+from rankup.protocol import MAX_LEASE_BYTES, MAX_SHARDS_PER_LEASE, LeaseGrant, SubmitStatement
 from rankup.settings import WorkerSettings
 from worker import cache, device
 from worker.base import PullBase
@@ -43,7 +43,6 @@ from worker.recovery import after_failure
 from worker.traffic import Traffic
 from worker.training import TrainerError, check_result, run_trainer
 
-MAX_SHARD_BYTES = 256 * 1024**2
 _MAX_GRANT_BYTES = 16 * 1024**2
 _KEPT_LOGS = 20
 _LOOK_S = 0.2
@@ -160,6 +159,7 @@ class LeaseWork:
 
     def _prepare(self, lease: Lease, heart: Heart, publisher_key: PublicKey) -> Job:
         grant, limits = lease.grant, self._governor.limits
+        _require_bounded(grant)
         self._check_wanted(heart, transfers=True)
         job = Job(
             round_id=grant.round_id,
@@ -168,7 +168,7 @@ class LeaseWork:
             model=grant.model,
             base_manifest=grant.base_manifest,
             base_folder=self._base(grant, heart, publisher_key),
-            shard_file=lease.folder / "shard.jsonl",
+            shard_files=tuple(lease.folder / f"shard-{grant.shard + n}.jsonl" for n in range(grant.shards)),
             delta_file=lease.folder / "finished.delta",
             recipe=grant.recipe,
             seed=grant.seed,
@@ -181,16 +181,22 @@ class LeaseWork:
             nice=limits.nice,
             share_percent=limits.gpu_usage_limit,
         )
-        # A link that was signed for an earlier run may have ended; the bytes it led to were checked when they came.
-        if not job.shard_file.exists():
-            self._client.download(
-                grant.shard_links[0],
-                job.shard_file,
-                max_bytes=MAX_SHARD_BYTES,
-                progress=lambda done, total: self._downloading("shard", done, total, heart),
-            )
+        self._fetch_shards(grant, job.shard_files, heart)
         self._check_wanted(heart)
         return job
+
+    def _fetch_shards(self, grant: LeaseGrant, files: Sequence[Path], heart: Heart) -> None:
+        """Download the shards that are not there yet."""
+        total, before = sum(link.size_bytes for link in grant.shard_links), 0
+
+        def progress(done: int, _size: int) -> None:
+            self._downloading("shard", before + done, total, heart)
+
+        for link, file in zip(grant.shard_links, files, strict=True):
+            # A link that was signed for an earlier run may have ended; the bytes it led to were checked when they came.
+            if not file.exists():
+                self._client.download(link, file, max_bytes=MAX_LEASE_BYTES, progress=progress)
+            before += link.size_bytes
 
     def _base(self, grant: LeaseGrant, heart: Heart, publisher_key: PublicKey) -> Path:
         """The folder of the lease's base version, pulled when it is not in the cache, with room made before."""
@@ -318,6 +324,18 @@ class LeaseWork:
                 raise PausedTooLongError(f"paused for more than {limit_s / 60:.0f} minutes")
             self._stop.wait(_LOOK_S)
         self._report(Resumed(lease.grant.lease_id))
+
+
+def _require_bounded(grant: LeaseGrant) -> None:
+    """Raise unless the grant brings a link for each of its shards, and no more bytes than fit into memory."""
+    if len(grant.shard_links) != grant.shards or grant.shards > MAX_SHARDS_PER_LEASE:
+        raise InputError(
+            f"the lease is for {grant.shards} shards and brings {len(grant.shard_links)} links; "
+            f"{MAX_SHARDS_PER_LEASE} is the most"
+        )
+    size = sum(link.size_bytes for link in grant.shard_links)
+    if size > MAX_LEASE_BYTES:
+        raise TooLargeError(f"the shards of the lease have {size} bytes, the limit is {MAX_LEASE_BYTES}")
 
 
 def _mark(path: Path) -> int:

@@ -25,7 +25,8 @@ class Leaving:
     why: str
 
 
-_HELLO, _WORK, _HANDOVER, _ALWAYS = "joining", "during a lease", "handing in", "every request"
+_HELLO, _CLAIM, _WORK = "joining", "asking for work", "during a lease"
+_HANDOVER, _ALWAYS = "handing in", "every request"
 
 LEAVING: tuple[Leaving, ...] = (
     Leaving(_ALWAYS, "network address", "as in any connection: the address that the server sees", "the internet"),
@@ -34,6 +35,7 @@ LEAVING: tuple[Leaving, ...] = (
     Leaving(_ALWAYS, "Host, Accept, Accept-Encoding, Connection, Content-Type, Content-Length, Range", "HTTP", "HTTP"),
     Leaving(_HELLO, "public_key", "a key made for this server only", "who signed a delta"),
     Leaving(_HELLO, "name", "--name, or volunteer- and six characters of the key", "the leaderboard; public"),
+    Leaving(_HELLO, "team", "--team, if you name one", "the leaderboard; public"),
     Leaving(_HELLO, "invite", "--invite", "who may join"),
     Leaving(_HELLO, "kind", "cuda, mps, xpu or cpu", "the organiser's overview"),
     Leaving(_HELLO, "device name", "what the maker calls card or processor", "the organiser's overview"),
@@ -42,13 +44,16 @@ LEAVING: tuple[Leaving, ...] = (
     Leaving(_HELLO, "protocol", "version of the protocol", "old versions"),
     Leaving(_HELLO, "issued_at", "this machine's clock", "enrolments cannot be repeated later"),
     Leaving(_HELLO, "signature", "made with the private key, which stays here", "proof of the key"),
+    Leaving(_CLAIM, "models", "--model, if you name any", "which round fits"),
+    Leaving(_CLAIM, "memory_bytes", "free memory of the card, or of the machine, at that moment", "which round fits"),
+    Leaving(_CLAIM, "available_s", "seconds until your hours end, if you set hours", "how many shards fit"),
     Leaving(_WORK, "lease_id, fence", "which lease is meant; in every message about it", "two holders of one shard"),
     Leaving(_WORK, "step", "optimiser steps done, every few seconds, also while paused", "progress of the round"),
     Leaving(_WORK, "loss", "of the last step", "progress of the round"),
     Leaving(_WORK, "tokens_per_s", "of the last steps", "progress of the round"),
     Leaving(_WORK, "reason", "why a lease goes back: one line, without paths of this machine", "the round's log"),
     Leaving(_WORK, "version and shard names", "which files are downloaded", "they must be asked for"),
-    Leaving(_HANDOVER, "delta file", "numbers that were trained on the shard that the server sent", "the contribution"),
+    Leaving(_HANDOVER, "delta file", "numbers, trained on the shards that the server sent", "the contribution"),
     Leaving(_HANDOVER, "round_id, base_manifest", "what the delta belongs to; kept in the receipt", "the sum"),
     Leaving(_HANDOVER, "sha256, size_bytes", "of the delta; kept in the receipt", "the sum"),
     Leaving(_HANDOVER, "tokens, steps", "what was trained; kept in the receipt", "the weight in the sum"),

@@ -14,7 +14,7 @@ What always holds:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -230,6 +230,22 @@ def within_hours(limits: Limits, now: datetime) -> bool:
         if start == end or start <= hour < end or (end < start <= hour):
             return True
     return yesterday is not None and yesterday[1] < yesterday[0] and hour < yesterday[1]
+
+
+def available_s(limits: Limits, now: datetime) -> float | None:
+    """Seconds from `now` (local time) to the next hour at which work is not allowed; None where there is no such hour.
+
+    0 where it is not allowed now. A change to summer time in between counts for nothing.
+    """
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    ends = [now]
+    # From yesterday on, whose hours may end today, to the same day of the next week.
+    for day in range(-1, 8):
+        for hour in (0.0, *(limits.hours_of((now.weekday() + day) % 7) or ())):
+            ends += [midnight + timedelta(days=day, hours=hour), midnight + timedelta(days=day + 1, hours=hour)]
+    just_after = timedelta(seconds=1)
+    closed = [end for end in sorted(ends) if end >= now and not within_hours(limits, end + just_after)]
+    return (closed[0] - now).total_seconds() if closed else None
 
 
 def hold_s(trained_s: float) -> float:

@@ -1,12 +1,14 @@
-"""A shard as the trainer reads it: JSON lines, every row of one shape that TRL takes for supervised fine-tuning.
+"""Shards as the trainer reads them: JSON lines, every row of one shape that TRL takes for supervised fine-tuning.
 
-What always holds: rows that come out have one shape and only columns that TRL knows; what is wrong is told by its line.
+What always holds: rows that come out have one shape, over all shards, and only columns that TRL knows; several shards
+give the rows that one file with all of their lines gives; what is wrong is told by its line.
 Nothing here needs torch or the network.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +24,41 @@ ROW_SHAPES: tuple[frozenset[str], ...] = (
 _CARRIED = frozenset({"tools", "chat_template_kwargs"})
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The shard's examples, reduced to the columns that TRL knows.
+def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The examples of all shards, in their order, reduced to the columns that TRL knows.
 
-    Raises `InputError`: a line is no JSON object, an example has none of `ROW_SHAPES`, or two have different ones.
+    Raises `InputError`: a line is no JSON object, an example has none of `ROW_SHAPES`, two have different ones, or
+    there is none.
     """
     rows: list[dict[str, Any]] = []
     columns: frozenset[str] | None = None
-    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold as they are.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+    for where, line in _lines(paths):
         try:
             row = json.loads(line)
         except ValueError as exc:
-            raise InputError(f"line {number} of the shard is not JSON: {exc}") from exc
+            raise InputError(f"{where} is not JSON: {exc}") from exc
         if not isinstance(row, dict):
-            raise InputError(f"line {number} of the shard is not a JSON object")
+            raise InputError(f"{where} is not a JSON object")
         shape = next((shape for shape in ROW_SHAPES if shape <= row.keys()), None)
         if shape is None:
             raise InputError(
-                f"line {number} of the shard has {sorted(row)[:8]}, which supervised fine-tuning cannot use",
+                f"{where} has {sorted(row)[:8]}, which supervised fine-tuning cannot use",
                 remedy="The organiser must give text, messages, or prompt and completion.",
             )
         if columns is not None and columns != shape:
-            raise InputError(f"line {number} of the shard has {sorted(shape)}, the lines before {sorted(columns)}")
+            raise InputError(f"{where} has {sorted(shape)}, the lines before {sorted(columns)}")
         columns = shape
         rows.append({name: row[name] for name in sorted((shape | _CARRIED) & row.keys())})
     if not rows:
-        raise InputError("the shard is empty")
+        raise InputError("the shard is empty" if len(paths) == 1 else f"all {len(paths)} shards are empty")
     return rows
+
+
+def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """Where each line stands, in words, and the line; empty ones are left out."""
+    for place, path in enumerate(paths, start=1):
+        shard = "the shard" if len(paths) == 1 else f"shard {place} of {len(paths)}"
+        # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold as they are.
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+            if line.strip():
+                yield f"line {number} of {shard}", line

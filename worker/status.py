@@ -58,6 +58,8 @@ class LeaseStatus(Answer):
     model: str
     base_version: int
     shard: int
+    """The first one."""
+    shards: int = 1
     step: int
     steps: int
     loss: float | None = None
@@ -214,6 +216,7 @@ class Board:
             model=claimed.model,
             base_version=claimed.base_version,
             shard=claimed.shard,
+            shards=claimed.shards,
             steps=claimed.steps,
             **more,
         )

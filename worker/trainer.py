@@ -1,4 +1,4 @@
-"""The child process that trains one shard: `python -m worker.trainer JOB.json`, JSON lines out, a delta at the end.
+"""The child process that trains a lease: `python -m worker.trainer JOB.json`, JSON lines out, a delta at the end.
 
 What always holds:
 - everything heavy (torch, transformers, peft, trl, datasets) is imported inside functions, so the agent can import this
@@ -63,7 +63,7 @@ def train(
     (shard or base do not fit), `NotFiniteError`, `SetupError` (a device or a library is missing), `DiskFullError`, and
     torch's own out-of-memory error.
     """
-    rows = read_rows(job.shard_file)
+    rows = read_rows(job.shard_files)
     torch, transformers, peft = _import_libraries()
     imported = time.perf_counter()
     torch.set_num_threads(job.threads)
@@ -71,7 +71,7 @@ def train(
     tokenizer = _load_tokenizer(transformers, job.base_folder, rows[0])
     base = _load_base(transformers, torch, job.base_folder, device)
     adapted = adapt(torch, transformers, peft, base, job)
-    progress = Progress(emit, job.recipe.steps, started=started)
+    progress = Progress(emit, job.steps, started=started)
     orders = orders or Orders(share_percent=job.share_percent)
     checkpoint = _checkpoint(torch, job)
     if checkpoint is not None:
@@ -94,12 +94,12 @@ def train(
         )
     )
     progress.begin()
-    if len(progress.losses) < job.recipe.steps:
+    if len(progress.losses) < job.steps:
         trainer.train(resume_from_checkpoint=_resume_folder(transformers, scratch, checkpoint, trainer.args))
     elif checkpoint is not None:
         checkpoint.restore(torch, trainer.model)
-    if len(progress.losses) != job.recipe.steps or progress.tokens < 1:
-        raise InputError(f"{len(progress.losses)} of {job.recipe.steps} steps ran over {progress.tokens} tokens")
+    if len(progress.losses) != job.steps or progress.tokens < 1:
+        raise InputError(f"{len(progress.losses)} of {job.steps} steps ran over {progress.tokens} tokens")
     header = DeltaHeader(model=job.model, round_id=job.round_id, lease_id=job.lease_id, base_manifest=job.base_manifest)
     try:
         ref = write_delta(job.delta_file, header, adapted.factors(job.recipe.mantissa_bits))
@@ -279,11 +279,11 @@ def _make_trainer(
 
     config = trl.SFTConfig(
         output_dir=str(scratch / "out"),
-        max_steps=recipe.steps,
+        max_steps=job.steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=recipe.batch_size // micro_batch,
         learning_rate=recipe.learning_rate,
-        warmup_steps=min(recipe.warmup_steps, recipe.steps),
+        warmup_steps=min(recipe.warmup_steps, job.steps),
         lr_scheduler_type=recipe.lr_schedule,
         max_length=recipe.max_tokens,
         max_grad_norm=recipe.max_grad_norm,

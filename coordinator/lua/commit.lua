@@ -1,26 +1,32 @@
 -- Compare and set: all writes are made, or none.
 --
 -- ARGV[1]  JSON list of conditions [command, argument..., expected]: the command's reply must equal `expected`
---          (a string, or null for a missing value)
+--          (a string, or null for a missing value, or a list of both)
 -- ARGV[2]  JSON list of writes [command, argument...]: commands of the server, or one of the three actions below
 -- Returns 1 if the writes were made, 0 if a condition did not hold.
 
 local actions = {}
 
--- HOLD <round key> <shard>: one more lease holds the shard.
-function actions.HOLD(round, shard)
-  redis.call('HINCRBY', round .. ':holders', shard, 1)
-  redis.call('ZREM', round .. ':free', shard)
+-- HOLD <round key> <shard> <n>: one more lease holds these n shards.
+function actions.HOLD(round, first, count)
+  for number = tonumber(first), first + count - 1 do
+    local shard = string.format('%d', number)
+    redis.call('HINCRBY', round .. ':holders', shard, 1)
+    redis.call('ZREM', round .. ':free', shard)
+  end
 end
 
--- FREE <round key> <shard>: one lease less holds it; with no other holder and no accepted delta it can be handed out.
-function actions.FREE(round, shard)
-  if redis.call('HINCRBY', round .. ':holders', shard, -1) > 0 then
-    return
-  end
-  redis.call('HDEL', round .. ':holders', shard)
-  if redis.call('HEXISTS', round .. ':accepted', shard) == 0 then
-    redis.call('ZADD', round .. ':free', shard, shard)
+-- FREE <round key> <shard> <n>: one lease less holds these n shards; those with no other holder and no accepted delta
+-- can be handed out.
+function actions.FREE(round, first, count)
+  for number = tonumber(first), first + count - 1 do
+    local shard = string.format('%d', number)
+    if redis.call('HINCRBY', round .. ':holders', shard, -1) < 1 then
+      redis.call('HDEL', round .. ':holders', shard)
+      if redis.call('HEXISTS', round .. ':accepted', shard) == 0 then
+        redis.call('ZADD', round .. ':free', shard, shard)
+      end
+    end
   end
 end
 
@@ -31,16 +37,24 @@ function actions.HDELEQ(key, field, value)
   end
 end
 
+local function same(found, expected)
+  if expected == cjson.null then
+    return found == false
+  end
+  if type(expected) ~= 'table' then
+    return found ~= false and tostring(found) == expected
+  end
+  for place, value in ipairs(expected) do
+    if not same(found[place], value) then
+      return false
+    end
+  end
+  return true
+end
+
 for _, condition in ipairs(cjson.decode(ARGV[1])) do
   local expected = table.remove(condition)
-  local found = redis.call(unpack(condition))
-  if expected == cjson.null then
-    expected = false
-  end
-  if found ~= false then
-    found = tostring(found)
-  end
-  if found ~= expected then
+  if not same(redis.call(unpack(condition)), expected) then
     return 0
   end
 end

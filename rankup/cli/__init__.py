@@ -17,8 +17,10 @@ from rankup.cli import (
     delta,
     demo,
     export,
+    leaderboard,
     merge,
     mirror,
+    people,
     publish,
     pull,
     rounds,
@@ -64,6 +66,7 @@ serve.register(app)
 server_doctor.register(app)
 demo.register(app)
 versions.register(app)
+leaderboard.register(app)
 pull.register(app)
 verify.register(app)
 mirror.register(app)
@@ -72,6 +75,7 @@ merge.register(app)
 sign.register(export.app)
 app.add_typer(volunteer.app, name="worker")
 app.add_typer(rounds.app, name="round")
+app.add_typer(people.app, name="people")
 app.add_typer(data.models_app, name="model")
 app.add_typer(data.datasets_app, name="dataset")
 app.add_typer(delta.app, name="delta")

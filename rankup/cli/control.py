@@ -165,6 +165,7 @@ def install_service(
     url: str = typer.Argument(help="The server that this machine has joined before."),
     threads: int = typer.Option(None, min=1, help="As for `join`."),
     device: str = typer.Option(None, help="As for `join`."),
+    models: list[str] = typer.Option(None, "--model", help="As for `join`."),
     show: bool = typer.Option(False, "--print", help="Print the unit instead of writing it."),
     as_json: bool = _JSON,
 ) -> None:
@@ -186,7 +187,7 @@ def install_service(
             f"this machine has not joined {server} yet, and the unit must not hold an invite",
             remedy=f"Run `rankup worker join {server} --invite …` once, then this command again.",
         )
-    chosen = (("--threads", threads), ("--device", device))
+    chosen = (("--threads", threads), ("--device", device), *(("--model", model) for model in models or ()))
     options = [word for name, value in chosen if value is not None for word in (name, str(value))]
     text = service.unit_text(server, home, options=options)
     if show:
@@ -230,6 +231,7 @@ def _order(order: Order, server: str | None, as_json: bool, *, seconds: float | 
 def describe(status: Status) -> list[tuple[str, str]]:
     """The status as lines of a name and words."""
     from rankup.cli.output import human_bytes
+    from worker.events import shards_in_words
 
     after = ", ends after this lease" if status.finishing else ""
     lines = [
@@ -245,7 +247,8 @@ def describe(status: Status) -> list[tuple[str, str]]:
             numbers.append(f"{lease.tokens_per_s:.0f} tokens/s")
         if lease.eta_s is not None:
             numbers.append(f"about {_duration(lease.eta_s)} to go")
-        lines.append(("lease", f"shard {lease.shard} of {lease.round_id}, {lease.model} version {lease.base_version}"))
+        shards = shards_in_words(lease.shard, lease.shards)
+        lines.append(("lease", f"{shards} of {lease.round_id}, {lease.model} version {lease.base_version}"))
         lines.append(("", ", ".join(numbers)))
     credit = status.credit
     changed = status.limits.model_dump(mode="json", exclude_defaults=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from rankup.cli.action_log import record_command
+
 models_app = typer.Typer(help="Bring a base model in as version 0.", no_args_is_help=True)
 datasets_app = typer.Typer(help="Build and list datasets.", no_args_is_help=True)
 JSON = typer.Option(False, "--json", help="Print JSON instead of text.")
@@ -54,6 +56,7 @@ def import_model(
             licence=licence,
             progress=progress,
         )
+    record_command(open_store(access.store), "import_model", {"model": name, "base": base})
     if as_json:
         print_json({"model": name, "version": manifest.version, "tensors": len(manifest.tensors)})
         return
@@ -128,6 +131,7 @@ def build(
         )
     finally:
         stop_cluster()
+    record_command(open_store(access.store), "build_dataset", {"dataset": name, "source": source})
     if as_json:
         print_json(card)
         return

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rankup.cli.output import human_bytes, human_loss, print_table
+from worker.events import shards_in_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,8 @@ class VolunteerStats:
     name: str
     doing: str = "starting"
     step: int = 0
+    steps: int = 0
+    """Of the present lease."""
     tokens: int = 0
     accepted: int = 0
     rejected: int = 0
@@ -37,7 +40,8 @@ class VolunteerStats:
         """Take in one line of `rankup worker join --json`."""
         match event.get("event"):
             case "claimed":
-                self.step, self.doing = 0, f"shard {event['shard']} of {event['round_id']}"
+                shards = shards_in_words(event["shard"], event["shards"])
+                self.step, self.steps, self.doing = 0, event["steps"], f"{shards} of {event['round_id']}"
             case "downloading":
                 self.doing = f"downloading {event['what']} {human_bytes(event['done'])}"
                 if event["done"] == event["total"]:

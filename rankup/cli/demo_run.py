@@ -253,7 +253,8 @@ def _watch(url: str, first: RoundView, rounds: int, crowd: list[Volunteer]) -> l
                     )
             for volunteer in crowd:
                 stats = volunteer.stats
-                progress.update(bars[stats.name], completed=stats.step, description=stats.doing)
+                total = stats.steps or first.recipe.steps
+                progress.update(bars[stats.name], completed=stats.step, total=total, description=stats.doing)
                 if volunteer.failed:
                     raise SetupError(
                         f"{stats.name} ended with an error: {stats.error}",

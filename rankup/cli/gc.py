@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from rankup.cli.action_log import record_command
+
 if TYPE_CHECKING:
     from aggregator.collect import Collected
     from aggregator.retention import Plan
@@ -73,14 +75,18 @@ def collect_garbage(
         typer.confirm(f"Delete {len(plan.removals)} objects? They cannot be brought back.", abort=True, err=True)
 
     access = ServerAccess.of_this_machine()
+    store = open_store(access.store)
     done = collect(
-        open_store(access.store),
+        store,
         rules,
         clock=time.time,
         publisher_key=public_key_hex(load_private_key(access.publisher_key_file)),
         dry_run=dry_run,
         approve=approve,
     )
+    if not dry_run:
+        told = {"removed": done.removed, "removed_bytes": done.removed_bytes, "keep_contributions": keep_contributions}
+        record_command(store, "collect_garbage", {**told, "keep_exports": keep_exports, "keep_masters": keep_masters})
     if as_json:
         print_json(_as_dict(done, dry_run=dry_run))
         return

@@ -59,7 +59,18 @@ def exit_for(exc: Exception) -> int:
 def _extra_of(module: str) -> str | None:
     """The extra that brings a missing package; None for one that every installation must have."""
     match module.split(".")[0]:
-        case "ray" | "redis" | "fastapi" | "uvicorn" | "jinja2" | "starlette" | "pyarrow" | "prometheus_client":
+        case (
+            "ray"
+            | "redis"
+            | "fastapi"
+            | "uvicorn"
+            | "jinja2"
+            | "starlette"
+            | "pyarrow"
+            | "prometheus_client"
+            | "limits"
+            | "openskill"
+        ):
             return "coordinator"
         case "torch" | "transformers" | "peft" | "trl" | "datasets" | "gguf" | "psutil" | "accelerate" | "tokenizers":
             return "worker"
@@ -85,14 +96,15 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A rich table; columns whose name starts with '#' are right-aligned numbers."""
+    """A rich table; columns whose name starts with '#' are right-aligned numbers, and the first one is never cut."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column.removeprefix("#"), justify="right" if column.startswith("#") else "left")
+    for place, column in enumerate(columns):
+        justify: Any = "right" if column.startswith("#") else "left"
+        table.add_column(column.removeprefix("#"), justify=justify, no_wrap=place == 0)
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     Console().print(table)

@@ -1,4 +1,4 @@
-"""Training a submission's shard again on the organiser's machine, for audits: the volunteer's own trainer as a child.
+"""Training a submission's shards again on the organiser's machine, for audits: the volunteer's own trainer as a child.
 
 Aggregator and worker never import each other; the process that is assembled here knows both. The function is handed to
 the pipeline and runs in a task of the cluster. Same recipe, seed and targets: only the machine differs.
@@ -13,41 +13,46 @@ from pathlib import Path
 from rankup.errors import IntegrityError, SetupError
 from rankup.records import RoundRecord, Submission
 from rankup.store import Store, blob_key
+from rankup.targets import targets_at_tier
 
 MAX_THREADS = 4
 LIMIT_S = 4 * 3600.0
 
 
 def retrain(store: Store, record: RoundRecord, submission: Submission, base: Path, folder: Path) -> Path:
-    """Train the shard of `submission` from the version in the folder `base`; returns the delta, a file in `folder`.
+    """Train the shards of `submission` from the version in the folder `base`; returns the delta, a file in `folder`.
 
-    Raises IntegrityError where the shard's bytes are not those of the record, SetupError where it takes too long, what
-    the store raises, and what `worker.training.run_trainer` raises.
+    `record` is that of the round that the statement names. Raises IntegrityError where a shard's bytes are not those
+    of the record, SetupError where it takes too long, what the store raises, and what `worker.training.run_trainer`
+    raises.
     """
     from coordinator.grants import seed_of
     from worker.device import usable_threads
     from worker.job import Job
     from worker.training import run_trainer
 
-    statement, shard = submission.statement, record.shards[submission.shard]
+    statement = submission.statement
+    shards = record.shards[submission.shard : submission.shard + submission.shards]
+    recipe = record.request.recipe
     job = Job(
         round_id=record.round_id,
         lease_id=statement.lease_id,
         fence=statement.fence,
         model=record.request.model,
-        base_manifest=record.base_manifest,
+        base_manifest=statement.base_manifest,
         base_folder=base,
-        shard_file=folder / "shard.jsonl",
+        shard_files=tuple(folder / f"shard-{number}.jsonl" for number in range(len(shards))),
         delta_file=folder / "again.delta",
-        recipe=record.request.recipe,
+        recipe=recipe.at_tier(submission.rank),
         seed=seed_of(record.round_id, statement.lease_id),
-        targets=record.targets,
+        targets=targets_at_tier(record.targets, recipe, submission.rank),
         threads=min(MAX_THREADS, usable_threads(0)),
     )
-    store.get_file(blob_key(shard.sha256), job.shard_file)
-    with job.shard_file.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            raise IntegrityError(f"the shard {shard.sha256[:12]}… of round {record.round_id} has other bytes")
+    for shard, path in zip(shards, job.shard_files, strict=True):
+        store.get_file(blob_key(shard.sha256), path)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                raise IntegrityError(f"the shard {shard.sha256[:12]}… of round {record.round_id} has other bytes")
     until = time.monotonic() + LIMIT_S
     result = run_trainer(
         job,
@@ -57,5 +62,5 @@ def retrain(store: Store, record: RoundRecord, submission: Submission, base: Pat
         stop_reason=lambda: "out of time" if time.monotonic() > until else None,
     )
     if result is None:
-        raise SetupError(f"training the shard again takes more than {LIMIT_S / 3600:g} hours on this machine")
+        raise SetupError(f"training the shards again takes more than {LIMIT_S / 3600:g} hours on this machine")
     return job.delta_file

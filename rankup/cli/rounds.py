@@ -2,29 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rankup.protocol import RoundView
+    from rankup.protocol import RoundRequest, RoundView
 
-app = typer.Typer(help="Create, watch, close and cancel rounds.", no_args_is_help=True)
+app = typer.Typer(help="Create, watch, pause, close and cancel rounds.", no_args_is_help=True)
 SERVER = typer.Option(
     None, "--server", help="URL of the server; default: $RANKUP_SERVER, else the one on this machine."
 )
-JSON = typer.Option(False, "--json", help="Print JSON instead of a table.")
+JSON = typer.Option(False, "--json", help="Print JSON instead of text.")
+ROUND = typer.Argument(help="Id of the round, from `rankup round list`.")
+FILE = typer.Argument(help="YAML, as `rankup round template` writes it.")
+
+
+@app.command("template")
+def template(
+    model: str = typer.Option("my-model", help="Put this model into it."),
+    dataset: str = typer.Option("my-dataset", help="Put this dataset into it."),
+) -> None:
+    """Print a round's file to start from: every field with its meaning, what is allowed and its default.
+
+    **Examples**
+
+    - `rankup round template > round.yaml`
+    - `rankup round template --model smollm2 --dataset forum > round.yaml`
+    """
+    from rankup.cli import round_template
+
+    typer.echo(round_template.template(model, dataset), nl=False)
+
+
+@app.command("check")
+def check(file: Path = FILE, as_json: bool = JSON) -> None:
+    """Check a round's file without a server: every fault with its line, and what is allowed there.
+
+    **Examples**
+
+    - `rankup round check round.yaml`
+    - `rankup round check round.yaml --json`
+    """
+    from rankup.cli import round_file
+    from rankup.cli.output import print_json
+
+    read = round_file.read_round_file(file)
+    if as_json:
+        faults = round_file.faults_of(read)
+        print_json({"ok": not faults, "faults": [fault.as_dict() for fault in faults]})
+        raise typer.Exit(2 if faults else 0)
+    round_file.require_sound(read, str(file))
+    typer.secho(f"{file} is sound; open it: rankup round create {file}", fg="green")
+
+
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of a round's file: editors check and complete with it.
+
+    **Examples**
+
+    - `rankup round schema > round.schema.json`
+    """
+    from rankup.cli.output import print_json
+    from rankup.cli.round_fields import described_schema
+
+    print_json(described_schema())
 
 
 @app.command("create")
 def create(
+    path: Path = typer.Argument(None, metavar="[FILE]", help="YAML with the whole request; options override it."),
     model: str = typer.Option(None, help="Model to train, as named by `rankup model import`."),
     dataset: str = typer.Option(None, help="Dataset to train on, as named by `rankup dataset build`."),
-    file: Path = typer.Option(None, "--file", "-f", help="YAML with the whole request; options override it."),
+    file: Path = typer.Option(None, "--file", "-f", help="The same as FILE."),
     repeat: int = typer.Option(None, help="Rounds in a row, each on the version before it."),
     shards: int = typer.Option(None, help="Shards that one round hands out."),
-    quorum: int = typer.Option(None, help="Accepted contributions that close a round; default: all shards."),
+    quorum: int = typer.Option(None, help="Accepted shards that close a round; default: all."),
     deadline_s: float = typer.Option(None, help="Seconds until a round closes with what it has."),
     rank: int = typer.Option(None, help="LoRA rank."),
     steps: int = typer.Option(None, help="Training steps of one shard."),
@@ -46,23 +103,19 @@ def create(
     - `rankup round create --model smollm2 --dataset pydocs --repeat 2 --shards 3 --steps 25`
     - `rankup round create --model smollm2 --dataset pydocs --shards 20 --rule multi_krum`
     - `rankup round create --model smollm2 --dataset pydocs --repeat 8 --momentum 0 --outer-lr 1`
-    - `rankup round create --file round.yaml`
+    - `rankup round create round.yaml`
+    - `rankup round create round.yaml --repeat 20`
     """
     from rankup.cli.http import call, organiser_token, server_url
     from rankup.cli.output import print_json
-    from rankup.protocol import RoundRequest, RoundView
+    from rankup.protocol import RoundView
 
-    data = _read_yaml(file) if file else {}
-    top: dict[str, Any] = {"model": model, "dataset": dataset, "repeat": repeat, "shards": shards, "quorum": quorum}
-    top["deadline_s"] = deadline_s
+    outer = {"momentum": momentum, "learning_rate": outer_lr}
     recipe: dict[str, Any] = {"rank": rank, "steps": steps, "batch_size": batch_size, "max_tokens": max_tokens}
-    recipe["learning_rate"] = learning_rate
-    data |= _given(top)
-    data["recipe"] = (data.get("recipe") or {}) | _given(recipe)
-    aggregation = (data["recipe"].get("aggregation") or {}) | _given({"rule": rule})
-    outer = (aggregation.get("outer") or {}) | _given({"momentum": momentum, "learning_rate": outer_lr})
-    data["recipe"]["aggregation"] = aggregation | {"outer": outer}
-    request = RoundRequest.model_validate(data)
+    recipe |= {"learning_rate": learning_rate, "aggregation": {"rule": rule, "outer": outer}}
+    options: dict[str, Any] = {"model": model, "dataset": dataset, "repeat": repeat, "shards": shards}
+    options |= {"quorum": quorum, "deadline_s": deadline_s, "recipe": recipe}
+    request = _request(path or file, options)
     answer = call(
         "POST", server_url(server), "/v1/rounds", token=organiser_token(), body=request.model_dump(mode="json")
     )
@@ -72,26 +125,33 @@ def create(
         return
     typer.secho(f"Round {view.round_id} is open", fg="green")
     typer.echo(f"  base     {view.model} version {view.base_version}")
-    typer.echo(f"  shards   {view.shards}, closes with {view.quorum} accepted contributions")
+    typer.echo(f"  shards   {view.shards}; the round closes with {view.quorum} of them accepted")
+    if view.licence:
+        typer.echo(f"  licence  {view.licence}")
     typer.echo(f"  watch    rankup round watch {view.round_id}")
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _request(path: Path | None, options: dict[str, Any]) -> RoundRequest:
+    """The request of a file with the options that were given over it. Raises InputError that tells every fault."""
+    from rankup.cli.round_file import RoundFile, read_round_file, require_sound
+    from rankup.protocol import RoundRequest
+
+    read = read_round_file(path) if path is not None else RoundFile({}, {})
+    data = _over(read.data, options)
+    require_sound(replace(read, data=data), str(path) if path is not None else "the request")
+    return RoundRequest.model_validate(data)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    from rankup.errors import InputError
-
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise InputError(f"cannot read {path}: {exc}", remedy="See docs/quickstart.md for an example.") from exc
-    if not isinstance(data, dict):
-        raise InputError(f"{path} must hold a mapping with at least `model` and `dataset`")
-    return data
+def _over(data: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(data)
+    for name, value in options.items():
+        if isinstance(value, dict):
+            inner = merged.get(name) or {}
+            if isinstance(inner, dict) and (over := _over(inner, value)):
+                merged[name] = over
+        elif value is not None:
+            merged[name] = value
+    return merged
 
 
 @app.command("list")
@@ -108,15 +168,13 @@ def list_rounds(server: str = SERVER, as_json: bool = JSON) -> None:
         return
     print_table(
         "",
-        ("round", "model", "state", "#accepted", "#leased", "#free", "#version", "#held-out loss", "reason"),
+        ("round", "state", "#shards", "#at work", "#version", "#loss", "reason"),
         [
             (
                 v.round_id,
-                v.model,
-                v.state,
-                f"{v.accepted}/{v.quorum}",
+                _state(v),
+                f"{v.accepted}/{v.shards}",
                 v.leased,
-                v.free,
                 "-" if v.published_version is None else v.published_version,
                 human_loss(v.heldout_loss),
                 v.reason,
@@ -126,85 +184,124 @@ def list_rounds(server: str = SERVER, as_json: bool = JSON) -> None:
     )
 
 
-def fetch_round(url: str, round_id: str) -> RoundView:
-    """One round as the server shows it."""
-    from rankup.cli.http import call
-    from rankup.protocol import RoundView
-
-    return RoundView.model_validate(call("GET", url, f"/v1/rounds/{round_id}"))
+def _state(view: RoundView) -> str:
+    return f"{view.state.value}, paused" if view.paused and not view.state.ended else view.state.value
 
 
 @app.command("show")
-def show(round_id: str, server: str = SERVER) -> None:
+def show(round_id: str = ROUND, server: str = SERVER) -> None:
     """One round, as JSON."""
-    from rankup.cli.http import server_url
+    from rankup.cli.http import call, server_url
     from rankup.cli.output import print_json
 
-    print_json(fetch_round(server_url(server), round_id))
+    print_json(call("GET", server_url(server), f"/v1/rounds/{round_id}"))
 
 
 @app.command("watch")
 def watch(
-    round_id: str = typer.Argument(None, help="Default: the newest round."),
+    round_id: str = typer.Argument(None, help="Default: the newest round that has not ended."),
     server: str = SERVER,
     every_s: float = typer.Option(1.0, min=0.2, help="Seconds between two looks."),
+    follow: bool = typer.Option(True, help="Go on to the next round of the campaign."),
+    as_json: bool = typer.Option(False, "--json", help="Print one line of JSON for each change."),
 ) -> None:
-    """Follow a round in the terminal until it ends."""
-    import time
+    """Follow a round in the terminal, and the rounds of its campaign after it; Ctrl-C ends it.
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    Shards, time left, losses, and who is training. It needs no token.
 
-    from rankup.cli.http import call, server_url
-    from rankup.errors import NotFoundError
+    **Examples**
+
+    - `rankup round watch`
+    - `rankup round watch smollm2-r0003-9f3c2a --no-follow`
+    - `rankup round watch --json | jq .round.accepted`
+    """
+    from rankup.cli import round_watch
+    from rankup.cli.http import server_url
 
     url = server_url(server)
-    if round_id is None:
-        rounds = call("GET", url, "/v1/rounds")["rounds"]
-        if not rounds:
-            raise NotFoundError("there is no round yet", remedy="Create one: rankup round create --help")
-        round_id = rounds[0]["round_id"]
-    columns = (
-        TextColumn("[bold]{task.fields[round_id]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("accepted, {task.description}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console()) as progress:
-        task = progress.add_task("", round_id=round_id)
-        while True:
-            view = fetch_round(url, round_id)
-            text = f"{view.leased} training, {view.free} free: {view.state}" + (
-                f" ({view.reason})" if view.reason else ""
-            )
-            progress.update(task, total=view.quorum, completed=view.accepted, description=text)
-            if view.state.ended:
-                break
-            time.sleep(every_s)
-    if view.published_version is not None:
-        from rankup.cli.output import human_loss
-
-        typer.secho(f"published version {view.published_version} of {view.model}", fg="green")
-        typer.echo(f"held-out loss {human_loss(view.parent_heldout_loss)} -> {human_loss(view.heldout_loss)}")
+    first = round_id or round_watch.newest_round(url).round_id
+    round_watch.show(url, first, every_s=every_s, follow=follow, as_json=as_json)
 
 
-def _organiser_call(round_id: str, action: str, server: str | None) -> None:
+def _organiser_call(
+    round_id: str, action: str, server: str | None, as_json: bool, body: dict[str, Any] | None = None
+) -> None:
     from rankup.cli.http import call, organiser_token, server_url
+    from rankup.cli.output import print_json
     from rankup.protocol import RoundView
 
-    answer = call("POST", server_url(server), f"/v1/rounds/{round_id}/{action}", token=organiser_token(), body={})
-    view = RoundView.model_validate(answer)
-    typer.echo(f"{view.round_id} is {view.state}" + (f": {view.reason}" if view.reason else ""))
+    path = f"/v1/rounds/{round_id}/{action}"
+    view = RoundView.model_validate(call("POST", server_url(server), path, token=organiser_token(), body=body or {}))
+    if as_json:
+        print_json(view)
+        return
+    typer.echo(f"{view.round_id} is {_state(view)}" + (f": {view.reason}" if view.reason else ""))
+    if not view.state.ended and view.index + 1 == view.repeat:
+        typer.echo("It is the last round of its campaign.")
+
+
+@app.command("pause")
+def pause(round_id: str = ROUND, server: str = SERVER, as_json: bool = JSON) -> None:
+    """Grant no leases for a while. Who is training goes on, and the deadline moves by the length of the pause.
+
+    Rounds that follow in the campaign open paused too, until `resume`.
+
+    **Examples**
+
+    - `rankup round pause smollm2-r0003-9f3c2a`
+    """
+    _organiser_call(round_id, "pause", server, as_json)
+
+
+@app.command("resume")
+def resume(round_id: str = ROUND, server: str = SERVER, as_json: bool = JSON) -> None:
+    """Grant leases again after `pause`.
+
+    **Examples**
+
+    - `rankup round resume smollm2-r0003-9f3c2a`
+    """
+    _organiser_call(round_id, "resume", server, as_json)
 
 
 @app.command("close")
-def close(round_id: str, server: str = SERVER) -> None:
-    """Close a round early: no new leases, then the sum of what was accepted."""
-    _organiser_call(round_id, "close", server)
+def close(
+    round_id: str = ROUND,
+    now: bool = typer.Option(False, "--now", help="Wait for nobody who is still training."),
+    last: bool = typer.Option(False, "--last", help="Open no further round of the campaign."),
+    server: str = SERVER,
+    as_json: bool = JSON,
+) -> None:
+    """Close a round early: no new leases, then a version of what was accepted.
+
+    It waits up to the round's `grace_s` for those who are training, and for every verdict.
+
+    **Examples**
+
+    - `rankup round close smollm2-r0003-9f3c2a`
+    - `rankup round close smollm2-r0003-9f3c2a --now`
+    - `rankup round close smollm2-r0003-9f3c2a --last`
+    """
+    _organiser_call(round_id, "close", server, as_json, {"grace": not now, "last": last})
+
+
+@app.command("last")
+def last_round(round_id: str = ROUND, server: str = SERVER, as_json: bool = JSON) -> None:
+    """Let a round go on to its own end, and open none after it.
+
+    **Examples**
+
+    - `rankup round last smollm2-r0003-9f3c2a`
+    """
+    _organiser_call(round_id, "last", server, as_json)
 
 
 @app.command("cancel")
-def cancel(round_id: str, server: str = SERVER) -> None:
-    """Cancel a round: nothing is published from it."""
-    _organiser_call(round_id, "cancel", server)
+def cancel(round_id: str = ROUND, server: str = SERVER, as_json: bool = JSON) -> None:
+    """Give a round and the rest of its campaign up: no version comes of it.
+
+    **Examples**
+
+    - `rankup round cancel smollm2-r0003-9f3c2a`
+    """
+    _organiser_call(round_id, "cancel", server, as_json)

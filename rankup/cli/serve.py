@@ -13,10 +13,14 @@ def up(
     host: str = typer.Option(None, help="Address to listen on, 127.0.0.1 by default; 0.0.0.0 lets other machines in."),
     port: int = typer.Option(None, min=1, max=65535, help="Port to listen on, 8420 by default."),
     open_enrolment: bool = typer.Option(False, "--open", help="Let anybody join without an invite."),
+    approval: bool = typer.Option(
+        False, "--approval", help="Let anybody join, but begin only after `rankup people approve`, or with an invite."
+    ),
 ) -> None:
     """Start a server on this machine: storage, ledger, Ray, gateway and keeper. Ctrl-C stops all of it.
 
-    Data stays in the state folder ($RANKUP_HOME), so the next `rankup up` goes on where this one stopped.
+    Data stays in the state folder ($RANKUP_HOME), so the next `rankup up` goes on where this one stopped. While it runs
+    it starts again what dies.
 
     **Examples**
 
@@ -26,17 +30,23 @@ def up(
     """
     from rankup.cli.interrupt import interruptible
     from rankup.cli.stack import Stack
+    from rankup.cli.watch import HeadLostError, begin_again
+    from rankup.errors import InputError
     from rankup.logs import configure_server
     from rankup.settings import CoordinatorSettings
 
     configure_server("server")
     settings = CoordinatorSettings()
+    if open_enrolment and approval:
+        raise InputError("--open and --approval exclude each other", remedy="Choose one of them.")
+    if open_enrolment or approval:
+        settings = settings.model_copy(update={"enrolment": "open" if open_enrolment else "approval"})
     chosen = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
     stack = Stack(
         settings.model_copy(update=chosen),
-        open_enrolment=open_enrolment,
         say=lambda line: typer.echo(f"  {line}"),
     )
+    lost = False
     with interruptible() as stopped:
         typer.secho("Starting (Ctrl-C stops everything)", bold=True)
         try:
@@ -45,10 +55,15 @@ def up(
             typer.echo(f"  page         {stack.url}/")
             typer.echo(f"  join with    {stack.join_line()}")
             typer.echo("  next         rankup model import, rankup dataset build, rankup round create\n")
-            stopped.wait()
+            stack.watch(stopped)
         except KeyboardInterrupt:
             pass
+        except HeadLostError as exc:
+            typer.secho(f"  {exc.cause}: starting the whole server again", fg="yellow")
+            lost = True
         finally:
             typer.echo("Stopping")
             stack.stop()
+    if lost and not stopped.is_set():
+        begin_again()
     typer.echo("Stopped; nothing is left running.")

@@ -10,10 +10,14 @@ servers, and `server.json` (mode 600), by which the organiser's commands on this
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +28,7 @@ from rankup.errors import SetupError
 from rankup.settings import CoordinatorSettings, LedgerSettings, StoreSettings, state_home
 
 if TYPE_CHECKING:
-    pass
+    from rankup.local import LocalServices
 
 SERVER_FILE = "server.json"
 
@@ -41,6 +45,7 @@ class ServerAccess:
     url: str
     organiser_token: str
     store: StoreSettings
+    ledger: LedgerSettings
     ray_address: str
     ray_token_file: Path
     publisher_key_file: Path
@@ -60,10 +65,56 @@ class ServerAccess:
             url=found["url"],
             organiser_token=found["organiser_token"],
             store=StoreSettings.from_wire(found["store"]),
+            ledger=LedgerSettings.from_wire(found["ledger"]),
             ray_address=found["ray_address"],
             ray_token_file=Path(found["ray_token_file"]),
             publisher_key_file=Path(found["publisher_key_file"]),
         )
+
+
+@dataclass(frozen=True)
+class Services:
+    """Where a server keeps what it has, whether it runs or not."""
+
+    store: StoreSettings
+    ledger: LedgerSettings
+    publisher_key_file: Path
+
+
+@contextmanager
+def services_at_hand() -> Iterator[Services]:
+    """Those of the server that runs on this machine, else those that the settings name, else the embedded ones, which
+    run within the block. Raises SetupError where only one of the two is named."""
+    home = server_home()
+    if (home / SERVER_FILE).exists():
+        access = ServerAccess.of_this_machine()
+        yield Services(access.store, access.ledger, access.publisher_key_file)
+        return
+    key_file = home / CoordinatorSettings().publisher_key_file  # An absolute path stays as it is.
+    if (external := _external_services()) is not None:
+        yield Services(*external, key_file)
+        return
+
+    from rankup.local import LocalServices
+
+    home.mkdir(parents=True, exist_ok=True)
+    home.chmod(0o700)
+    with LocalServices(home / "services") as services:
+        yield Services(services.store_settings, services.ledger_settings, key_file)
+
+
+def _external_services() -> tuple[StoreSettings, LedgerSettings] | None:
+    """Object storage and ledger that the settings name; None where they name neither."""
+    store, ledger = StoreSettings(), LedgerSettings()
+    external_store = bool(store.endpoint_url or store.access_key)
+    external_ledger = bool(ledger.url.get_secret_value())
+    if external_store != external_ledger:
+        missing = "RANKUP_LEDGER_URL" if external_store else "RANKUP_STORE_ENDPOINT_URL"
+        raise SetupError(
+            f"only one of object storage and ledger is set; {missing} is missing",
+            remedy=f"Set {missing} too, or neither: then both are embedded.",
+        )
+    return (store, ledger) if external_store else None
 
 
 class Stack:
@@ -73,17 +124,16 @@ class Stack:
         self,
         settings: CoordinatorSettings,
         *,
-        open_enrolment: bool = False,
         home: Path | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.home = home or server_home()
-        self._open_enrolment = open_enrolment
         self.settings = settings
         self.url = shared_url(settings.host, settings.port)
         """As other machines reach it, where they do."""
         self._say = say or (lambda _line: None)
         self._undo: list[Callable[[], None]] = []
+        self._services: LocalServices | None = None
 
     @property
     def invite(self) -> str:
@@ -91,7 +141,7 @@ class Stack:
 
     def join_line(self) -> str:
         """What a volunteer types."""
-        invite = f" --invite {self.invite}" if self.invite else ""
+        invite = f" --invite {self.invite}" if self.settings.enrolment == "invite" else ""
         return f"rankup worker join {self.url}{invite}"
 
     def start(self) -> Stack:
@@ -113,8 +163,9 @@ class Stack:
         self._say(f"object storage  {store.endpoint_url or 'AWS S3'}, bucket {store.bucket}")
         self._say("ledger          Valkey, append-only file on")
         open_store(store).ensure_bucket()
+        self._prepare_ledger(store, ledger)
 
-        from coordinator.cluster import start_cluster, start_serve, stop_cluster, token_file
+        from coordinator.cluster import lost_daemon, start_cluster, start_serve, stop_cluster, token_file
 
         self._undo.append(stop_cluster)
         cluster = start_cluster(self.home)
@@ -126,12 +177,13 @@ class Stack:
         from coordinator.serving import deploy_gateway, remove_gateway
         from rankup.cli.retrain import retrain
 
-        deploy_gateway(store, ledger, self.settings)
-        self._undo.append(stop_keeper)
+        deploy_gateway(store, ledger, self.settings, replicas=self.settings.replicas)
+        # Of a dead cluster there is nobody to ask: `stop_cluster` ends its processes.
+        self._undo.append(lambda: None if lost_daemon() else stop_keeper())
         pipeline = Pipeline(store, self.settings.publisher_key_file, self.settings, retrain)
         start_keeper(store, ledger, self.settings, pipeline)
         # Stopped before the keeper: nobody is let in any more while the rest goes down.
-        self._undo.append(remove_gateway)
+        self._undo.append(lambda: None if lost_daemon() else remove_gateway())
         self._say(f"gateway         {self.url}")
 
         self._undo.append(lambda: (self.home / SERVER_FILE).unlink(missing_ok=True))
@@ -148,26 +200,46 @@ class Stack:
 
     def _services_for(self) -> tuple[StoreSettings, LedgerSettings]:
         """External services where the settings name them, embedded ones otherwise."""
-        store, ledger = StoreSettings(), LedgerSettings()
-        external_store = bool(store.endpoint_url or store.access_key)
-        external_ledger = bool(ledger.url.get_secret_value())
-        if external_store != external_ledger:
-            missing = "RANKUP_LEDGER_URL" if external_store else "RANKUP_STORE_ENDPOINT_URL"
-            raise SetupError(
-                f"only one of object storage and ledger is set; {missing} is missing",
-                remedy=f"Set {missing} too, or neither: then both are embedded.",
-            )
-        if external_store:
-            return store, ledger
+        if (external := _external_services()) is not None:
+            return external
 
         from rankup.local import LocalServices
 
         services = LocalServices(self.home / "services")
         self._undo.append(services.stop)
         services.start()
+        self._services = services
         if not is_loopback(self.settings.host):
             self._proxy_transfers()
         return services.store_settings, services.ledger_settings
+
+    def _prepare_ledger(self, store: StoreSettings, settings: LedgerSettings) -> None:
+        """What an older release wrote is migrated, and what was lost restored, before anybody relies on it."""
+        from coordinator.ledger import Ledger
+        from coordinator.rebuild import rebuild_if_lost
+        from coordinator.schema import CURRENT, bring_up_to_date
+        from rankup.signing import load_private_key, public_key_hex
+        from rankup.store import open_store
+
+        key = public_key_hex(load_private_key(self.settings.publisher_key_file))
+
+        def say(line: str) -> None:
+            self._say(f"ledger          {line}")
+
+        async def prepare() -> None:
+            ledger = await Ledger.connect(settings)
+            try:
+                found = await bring_up_to_date(ledger)
+                if 0 < found < CURRENT:
+                    say(f"layout {found} brought up to {CURRENT}")
+                done = await rebuild_if_lost(ledger, open_store(store), key, time.time(), say=say)
+                if done is not None:
+                    rounds, verdicts = sum(done.rounds.values()), done.accepted + done.rejected
+                    say(f"restored: {rounds} rounds, {verdicts} verdicts, {done.queued} deltas to be judged")
+            finally:
+                await ledger.close()
+
+        asyncio.run(prepare())
 
     def _proxy_transfers(self) -> None:
         """Volunteers do not reach the embedded object storage, which listens on loopback only: the gateway must."""
@@ -195,9 +267,18 @@ class Stack:
         wire["publisher_key_file"] = str(key_file)
         for name in ("invite", "organiser_token"):
             wire[name] = wire[name] or kept[name]
-        if self._open_enrolment:
-            wire["invite"] = ""
         return CoordinatorSettings(**wire)
+
+    def watch(self, stopped: threading.Event) -> None:
+        """Look after it until `stopped` is set. Raises HeadLostError when Ray's head has died."""
+        from coordinator.cluster import lost_daemon
+        from rankup.cli.watch import Watch
+
+        def restore() -> None:
+            if (services := self._services) is not None:
+                self._prepare_ledger(services.store_settings, services.ledger_settings)
+
+        Watch(self._services, lost_daemon, restore, self._say, time.monotonic).run(stopped)
 
     def stop(self) -> None:
         """Take everything down, last started first. Errors do not keep the rest from stopping; the first is raised."""

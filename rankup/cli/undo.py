@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from rankup.cli.action_log import record_command
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -63,6 +65,7 @@ def roll_back_command(
     _ask(f"{model}: version {number} is the latest. Publish version {version} again, as {number + 1}?", yes)
     with transfer_bar(f"{model} version {number + 1}", quiet=as_json) as draw:
         made = roll_back(store, key, model=model, to=version, reason=reason, now=time.time(), progress=_summing(draw))
+    record_command(store, "roll_back", {"model": model, "to": version, "reason": reason, "version": made.version})
     _say_published([made], as_json, f"has the tensors of version {version}")
 
 
@@ -139,6 +142,8 @@ def revoke_command(
             check=rehearsal(store, key, Path(cache), draw),
             progress=_summing(draw),
         )
+    told = {"model": model, "contributions": contributions, "reason": reason, "version": made.version}
+    record_command(store, "revoke_contributions", told)
     _say_published([made], as_json, f"is without {_count(chosen)}, bit-identical to its replay")
 
 
@@ -212,6 +217,8 @@ def rotate_key_command(
     old = public_key_hex(load_private_key(key_file))
     _ask(f"Replace the key {old[:16]}… and publish a version of {', '.join(models) or 'no model'} that says so?", yes)
     public, made = rotate_key(store, key_file, given=given, reason=reason, now=time.time())
+    versions = {one.model: one.version for one in made}
+    record_command(store, "rotate_key", {"old": old, "new": public, "reason": reason, "versions": versions})
     if as_json:
         print_json({"publisher_key": public, "versions": {one.model: one.version for one in made}})
         return

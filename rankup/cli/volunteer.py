@@ -21,7 +21,9 @@ def join(
     url: str = typer.Argument(help="The server, as the organiser gave it: http://… or https://…"),
     invite: str = typer.Option("", "--invite", help="Invite that the organiser gave you."),
     name: str = typer.Option(None, "--name", help="How you are shown on the leaderboard; default: made up once."),
-    max_leases: int = typer.Option(None, min=1, help="Stop after this many shards; default: go on until Ctrl-C."),
+    team: str = typer.Option(None, "--team", help="Team whose credit your work adds to; kept until you name another."),
+    models: list[str] = typer.Option(None, "--model", help="Train this model only; may be given several times."),
+    max_leases: int = typer.Option(None, min=1, help="Stop after this many leases; default: go on until Ctrl-C."),
     threads: int = typer.Option(None, min=1, help="CPU threads of the trainer; default: all cores."),
     device: str = typer.Option(None, help="auto, cpu, cuda, cuda:1, mps or xpu."),
     dedicated: bool = typer.Option(
@@ -31,14 +33,15 @@ def join(
 ) -> None:
     """Join a server and train until Ctrl-C: claims shards, trains them, hands the deltas in.
 
-    Ctrl-C gives the present shard back; a finished delta is kept and delivered next time. After a SIGTERM, a crash or a
-    power cut the next `join` goes on where the training was, if the lease is still valid. `rankup worker limits` says
+    Ctrl-C gives the present shards back; a finished delta is kept and delivered next time. After a SIGTERM, a crash or
+    a power cut the next `join` goes on where the training was, if the lease is still valid. `rankup worker limits` says
     when it works; `pause`, `resume`, `finish` and `leave` control it.
 
     **Examples**
 
     - `rankup worker join http://127.0.0.1:8420 --invite 4f0c…`
-    - `rankup worker join https://rankup.example.org --invite 4f0c… --name ada --threads 4`
+    - `rankup worker join https://rankup.example.org --invite 4f0c… --name ada --team harbour --threads 4`
+    - `rankup worker join https://rankup.example.org --model smollm2 --model tiny`
     """
     from rankup.cli.interrupt import interruptible
     from rankup.settings import WorkerSettings
@@ -47,7 +50,7 @@ def join(
     from worker.doctor import require_trainer
 
     require_trainer()
-    options = {"threads": threads, "device": device, "dedicated": dedicated}
+    options = {"threads": threads, "device": device, "dedicated": dedicated, "models": models or None}
     chosen = {name: value for name, value in options.items() if value is not None}
     settings = WorkerSettings.model_validate(WorkerSettings().model_dump() | chosen)
     with interruptible() as stopped, _noticing_sigterm() as terminated, open_display(as_json=as_json) as report:
@@ -55,6 +58,7 @@ def join(
             url,
             invite=invite,
             name=name,
+            team=team,
             settings=settings,
             max_leases=max_leases,
             stop=stopped,

@@ -39,6 +39,17 @@ def test_a_good_delta_is_accepted_with_every_check_and_its_norm(world: World) ->
     assert Receipt.model_validate_json(canonical_json(receipt)) == receipt
 
 
+@pytest.mark.parametrize("rank", [RANK - 1, 1], ids=["of its tier", "below it"])
+def test_a_delta_of_a_lower_tier_over_several_shards_is_accepted(world: World, rank: int) -> None:
+    path, ref = world.delta(2, world.factors(2, rank=rank))
+    recipe = world.record.request.recipe
+    tokens = 2 * recipe.steps * recipe.batch_size * recipe.max_tokens
+    submission = world.submission(2, ref, tokens=tokens, steps=2 * recipe.steps)
+    receipt = verdict(world, path, submission.model_copy(update={"shards": 2, "rank": RANK - 1}))
+    assert receipt.accepted, receipt.reason
+    assert not verdict(world, path, submission.model_copy(update={"rank": RANK - 1})).accepted, "it is for one shard"
+
+
 def test_judging_twice_gives_the_same_receipt(world: World) -> None:
     path, ref = world.delta(1)
     submission = world.submission(1, ref)
@@ -201,6 +212,34 @@ def _overtime(world: World) -> tuple[Path, Submission]:
     return path, world.submission(1, ref, steps=world.record.request.recipe.steps + 1)
 
 
+def _above_its_tier(world: World) -> tuple[Path, Submission]:
+    path, ref = world.delta(1)
+    return path, world.submission(1, ref).model_copy(update={"rank": RANK - 1})
+
+
+def _too_old_a_round(world: World) -> tuple[Path, Submission]:
+    path, ref = world.delta(1, round_id="round-0")
+    return path, world.submission(1, ref, round_id="round-0")
+
+
+def _late_of_another_base(world: World) -> tuple[Path, Submission]:
+    world.record = world.record.model_copy(update={"earlier_rounds": ("round-0",)})
+    path, ref = world.delta(1, round_id="round-0")
+    return path, world.submission(1, ref, round_id="round-0", base_manifest="0" * 64)
+
+
+def _too_many_shards(world: World) -> tuple[Path, Submission]:
+    path, ref = world.delta(2)
+    return path, world.submission(2, ref).model_copy(update={"shards": 3})
+
+
+def _boast_of_two(world: World) -> tuple[Path, Submission]:
+    path, ref = world.delta(2)
+    recipe = world.record.request.recipe
+    tokens = 2 * recipe.steps * recipe.batch_size * recipe.max_tokens + 1
+    return path, world.submission(2, ref, tokens=tokens).model_copy(update={"shards": 2})
+
+
 def _almost_cancelling(world: World) -> tuple[Path, Submission]:
     """Two components that are a million times larger than their sum: a small norm over a coarse grid."""
     factors = world.factors(1)
@@ -230,6 +269,11 @@ BAD_DELTAS: dict[str, tuple[Bad, str, str]] = {
     "other bytes than signed": (_wrong_hash, "digest", "sha256"),
     "other length than signed": (_wrong_size, "size", "signed"),
     "statement changed after signing": (_wrong_signature, "signature", "not good"),
+    "above the rank of its tier": (_above_its_tier, "structure", "rank 3"),
+    "of a round that this one does not take": (_too_old_a_round, "round", "round-0"),
+    "late, and of no base of the round": (_late_of_another_base, "round", "base"),
+    "shards beyond the round's last": (_too_many_shards, "round", "shard 4"),
+    "more tokens than its shards allow": (_boast_of_two, "work", "tokens"),
     "someone else's name": (_stolen_name, "signature", "belongs"),
     "another round": (_other_round, "round", "round-2"),
     "another base": (_other_base, "round", "base"),

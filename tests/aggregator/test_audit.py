@@ -140,7 +140,7 @@ def train(folder: Path, base: Path, **more: Any) -> Path:
         "model": "tiny",
         "base_manifest": "ab" * 32,
         "base_folder": base,
-        "shard_file": shard,
+        "shard_files": (shard,),
         "delta_file": folder / "trained.delta",
         "recipe": RECIPE,
         "seed": 7,

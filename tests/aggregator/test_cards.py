@@ -45,6 +45,12 @@ def test_the_card_tells_where_a_version_comes_from(world: World) -> None:
     assert "So far" not in card
 
 
+def test_the_card_tells_of_several_shards_and_of_late_deltas(world: World) -> None:
+    manifest = child(world)
+    late = manifest.terms[0].model_copy(update={"shards": 3, "round_id": "round-0"})
+    assert "| `Ada` | 2-4 of `round-0` | 1,234,567 |" in model_card(manifest.model_copy(update={"terms": (late,)}))
+
+
 def test_the_card_of_the_base_tells_that_it_is_the_base(world: World) -> None:
     card = model_card(world.parent)
     assert "before the first round" in card

@@ -24,7 +24,7 @@ from rankup.pull import pull
 from rankup.records import BlobRef, DatasetCard, Receipt, Retained, RoundRecord, Submission
 from rankup.replay import verify_version
 from rankup.retained import lacking
-from rankup.settings import StoreSettings
+from rankup.settings import LedgerSettings, StoreSettings
 from rankup.signing import generate_private_key, parse_private_key
 from rankup.sources import StoreSource
 from rankup.store import MemoryStore, blob_key, put_blob
@@ -441,7 +441,7 @@ def test_the_command_says_what_goes_and_why(
 
     private, public = generate_private_key(), history.publisher_key
     save_private_key(tmp_path / "key", private)
-    access = stack.ServerAccess("", "", StoreSettings(), "", tmp_path, tmp_path / "key")
+    access = stack.ServerAccess("", "", StoreSettings(), LedgerSettings(), "", tmp_path, tmp_path / "key")
     monkeypatch.setattr(stack.ServerAccess, "of_this_machine", classmethod(lambda cls: access))
     monkeypatch.setattr("rankup.store.open_store", lambda settings: history.store)
     monkeypatch.setattr("rankup.signing.public_key_hex", lambda key: public)

@@ -123,6 +123,23 @@ def test_held_out_losses_of_named_cohorts(losses: tuple[float | None, ...], expe
         assert found == ([] if loss is None else [loss if math.isfinite(loss) else None])
 
 
+SHARDS = {
+    # 16 shards reach 2.70, one shard 3.00; the base is at 3.40, so the limit is 0.0272 above the median.
+    "each size beside its like": ([(16, 2.7)] * 6 + [(1, 3.0)] * 4, []),
+    "a bad one among the small": ([(16, 2.7)] * 6 + [(1, 3.0)] * 4 + [(1, 3.1)], [10]),
+    "a large one that did the work of a small one": ([(16, 2.7)] * 6 + [(1, 3.0)] * 4 + [(16, 3.0)], [10]),
+    "two small ones and one that is worse than the base": ([(16, 2.7)] * 6 + [(1, 3.0), (1, 3.3), (1, 3.41)], [8]),
+    "a size of its own beside the smaller ones": ([(1, 3.0)] * 5 + [(16, 2.7), (8, 3.2)], [6]),
+    "half as many shards are alike": ([(16, 2.7)] * 3 + [(9, 2.72)] * 2 + [(1, 3.0)] * 9 + [(16, 2.8)], [14]),
+}
+
+
+@pytest.mark.parametrize(("cohort", "expected"), SHARDS.values(), ids=SHARDS.keys())
+def test_losses_are_compared_with_those_of_as_many_shards(cohort: list[tuple[int, float]], expected: list[int]) -> None:
+    candidates = [replace(candidate(n, loss=loss), shards=shards) for n, (shards, loss) in enumerate(cohort)]
+    assert failed(screen(candidates, unlike(len(cohort)), base_loss=3.4), "heldout") == expected
+
+
 def test_copies_of_a_bad_contribution_do_not_move_the_median() -> None:
     losses = (2.0, 2.0, 2.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0)
     gram = unlike(9)

@@ -15,6 +15,7 @@ from aggregator.cohort import DENOMINATOR_LOG2
 from aggregator.fold import fold_group
 from aggregator.pipeline import Pipeline
 from aggregator.published import latest_version, on_parent
+from aggregator.tasks import Retrain
 from rankup.bfloat16 import to_bfloat16
 from rankup.delta import DeltaHeader, write_delta
 from rankup.exactsum import fold_tensor
@@ -35,8 +36,8 @@ NESTEROV = OuterStep(learning_rate=0.75, momentum=0.875)
 class LocalPipeline(Pipeline):
     """The pipeline with a store of this process; folds are called without a cluster."""
 
-    def __init__(self, store: Store, key_file: Path) -> None:
-        super().__init__(StoreSettings(), key_file, CoordinatorSettings())
+    def __init__(self, store: Store, key_file: Path, retrain: Retrain | None = None) -> None:
+        super().__init__(StoreSettings(), key_file, CoordinatorSettings(audits=retrain is not None), retrain)
         self.memory = store
 
     def _store(self) -> Store:

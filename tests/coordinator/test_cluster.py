@@ -227,6 +227,49 @@ def test_a_killed_parent_takes_its_cluster_along_and_the_next_start_removes_its_
     assert not temp.exists()
 
 
+LOST = """
+import json, os, signal, sys, time
+from pathlib import Path
+import psutil
+from coordinator.cluster import lost_daemon, start_cluster, stop_cluster
+import ray
+report = {"before": lost_daemon()}
+start_cluster(Path(sys.argv[1]), num_cpus=1, object_store_bytes=100 * 1024**2)
+report["alive"] = lost_daemon()
+class Forever:
+    def pid(self):
+        return os.getpid()
+actor = ray.remote(Forever).options(lifetime="detached", name="forever").remote()
+worker = psutil.Process(ray.get(actor.pid.remote()))
+for each in psutil.Process().children():
+    if each.name() == sys.argv[2]:
+        each.kill()
+while lost_daemon() is None:
+    time.sleep(0.05)
+report["lost"] = lost_daemon()
+report["worker"] = worker.is_running()
+began = time.monotonic()
+stop_cluster()
+report["seconds"] = time.monotonic() - began
+report["worker after"] = worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
+report["after"] = lost_daemon()
+print(json.dumps(report))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_dead_daemon_is_named_and_a_stop_then_ends_also_the_workers_that_outlived_it(tmp_path: Path) -> None:
+    clean = {name: None for name in os.environ if name.startswith("RAY_")}
+    report = _run(LOST, str(tmp_path), "raylet", **clean)
+    assert report["before"] is report["alive"] is report["after"] is None
+    assert report["lost"] == "raylet"
+    assert report["worker"], "this test needs a worker that outlives its raylet"
+    assert not report["worker after"]
+    assert report["seconds"] < 20
+
+
 def test_stopping_and_serving_without_a_cluster_is_harmless_or_says_so() -> None:
     script = """
 from coordinator.cluster import start_serve, stop_cluster

@@ -176,7 +176,7 @@ REFUSALS: dict[str, tuple[int, str, Act]] = {
     ),
     "half a surrogate": (422, "bad-input", lambda s: s.raw(b'{"\\ud800":"\\ud800"}')),
     "form instead of JSON": (
-        422,
+        415,
         "bad-input",
         lambda s: s.raw(b"a=1", Content_Type="text/plain"),
     ),
@@ -241,7 +241,7 @@ REFUSALS: dict[str, tuple[int, str, Act]] = {
     "close of an unknown round": (
         404,
         "not-found",
-        lambda s: s.world.http.post("/v1/rounds/none/close", headers=s.world.organiser),
+        lambda s: s.world.http.post("/v1/rounds/none/close", json={}, headers=s.world.organiser),
     ),
 }
 

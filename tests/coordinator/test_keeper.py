@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aggregator.publish import publish_manifest
+from coordinator.catalogue import read_manifest
 from coordinator.keeper import Keeper
 from coordinator.leases import Lease
 from coordinator.ledger import Ledger, NoWork, Worker
 from coordinator.opening import open_round
+from coordinator.rounds import EndCampaign, Pause, Resume
 from rankup.errors import RankupError, UnreachableError
 from rankup.message import canonical_json
 from rankup.protocol import DeviceProfile, Pointer, RoundRequest, RoundState, SubmitStatement
@@ -257,6 +259,70 @@ def test_a_version_that_the_gate_refuses_moves_no_pointer_and_the_next_round_has
     assert asyncio.run(campaign(valkey, aggregator)) == ["rejected", "rejected"]
     assert latest(aggregator.store).version == 0
     assert "publish" not in aggregator.calls
+
+
+async def run_keeper(keeper: Keeper, ticks: int) -> None:
+    for _ in range(ticks):
+        await keeper.tick()
+        await keeper.settle()
+
+
+def test_a_pause_outlives_its_round_and_grants_go_on_after_it(valkey: ValkeyServer) -> None:
+    async def scenario() -> None:
+        store = stocked_store()
+        ledger = await connect(valkey)
+        await enrol(ledger, "w-1", "w-2")
+        request = RoundRequest(model="tiny", dataset="docs", shards=1, repeat=2, deadline_s=3600)
+        record = await open_round(ledger, store, request, index=0, previous=None, now=NOW)
+        keeper = Keeper(ledger, store, ToyAggregator(store), clock=lambda: NOW)
+        lease = await ledger.claim("w-1", NOW)
+        assert isinstance(lease, Lease)
+        await ledger.apply(record.round_id, Pause(), NOW)
+        assert isinstance(await ledger.claim("w-2", NOW), NoWork)
+        await ledger.submit(lease.lease_id, "w-1", submission(lease), NOW)
+        await run_keeper(keeper, 8)
+        second, first = await ledger.rounds()
+        assert (first.facts.state, second.facts.state) == (RoundState.PUBLISHED, RoundState.OPEN)
+        assert second.facts.paused
+        assert not await volunteer(ledger, "w-2")
+        await ledger.apply(second.record.round_id, Resume(), NOW)
+        assert await volunteer(ledger, "w-2")
+        await run_keeper(keeper, 8)
+        assert latest(store).version == 2
+        await ledger.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_delta_that_comes_within_the_grace_is_in_the_version(valkey: ValkeyServer) -> None:
+    async def scenario(hands_in: bool) -> int:
+        store = stocked_store()
+        ledger = await connect(valkey)
+        await enrol(ledger, "w-1", "w-2")
+        request = RoundRequest(model="tiny", dataset="docs", shards=2, quorum=1, grace_s=60, repeat=9)
+        record = await open_round(ledger, store, request, index=0, previous=None, now=NOW)
+        clock = Clock()
+        keeper = Keeper(ledger, store, ToyAggregator(store), clock=clock)
+        slow = await ledger.claim("w-2", NOW)
+        assert isinstance(slow, Lease)
+        assert await volunteer(ledger, "w-1")
+        await run_keeper(keeper, 4)
+        assert (await ledger.round(record.round_id)).facts.state is RoundState.CLOSING
+        await ledger.apply(record.round_id, EndCampaign(), NOW)
+        if hands_in:
+            await ledger.submit(slow.lease_id, "w-2", submission(slow), NOW)
+        else:
+            clock.now += 61
+        await run_keeper(keeper, 8)
+        (status,) = await ledger.rounds()  # No further one was opened.
+        assert status.facts.state is RoundState.PUBLISHED
+        assert await ledger.unfinished() == []
+        await ledger.close()
+        return len(read_manifest(store, latest(store)).terms)
+
+    assert asyncio.run(scenario(True)) == 2
+    valkey.client().flushall()
+    assert asyncio.run(scenario(False)) == 1
 
 
 def test_a_rejected_contribution_frees_its_shard_for_the_next_volunteer(valkey: ValkeyServer) -> None:

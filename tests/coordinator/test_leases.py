@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,12 +18,19 @@ from rankup.records import Evaluation
 OPEN, CLOSING, AGGREGATING = RoundState.OPEN, RoundState.CLOSING, RoundState.AGGREGATING
 MINE, OTHER = "a" * 64, "b" * 64
 FENCE = 7
+COPIES = 2
 
 
-def granted() -> Lease:
-    lease, _ = leases.grant(
-        lease_id="l-1", fence=FENCE, round_id="r1", shard=3, worker_id="w-1", now=100.0, lease_s=60.0
-    )
+def granted(**about: Any) -> Lease:
+    wanted: dict[str, Any] = {
+        "lease_id": "l-1",
+        "fence": FENCE,
+        "round_id": "r1",
+        "shard": 3,
+        "worker_id": "w-1",
+        "expected_s": 40.0,
+    }
+    lease, _ = leases.grant(**(wanted | about), now=100.0, lease_s=60.0)
     return lease
 
 
@@ -31,12 +39,14 @@ def in_state(state: LeaseState) -> Lease:
     return replace(granted(), state=state, contribution=MINE if handed_in else None)
 
 
-EVENTS = {
-    "beat": Beat(FENCE, 60.0, step=2),
+EVENTS: dict[str, leases.Event] = {
+    "beat": Beat(FENCE, 60.0, 25, step=2),
     "submit": Submit(FENCE, MINE, OPEN),
     "submit other": Submit(FENCE, OTHER, OPEN),
     "submit too late": Submit(FENCE, MINE, AGGREGATING),
+    "submit to the next": Submit(FENCE, MINE, AGGREGATING, taker="r2"),
     "submit beaten": Submit(FENCE, MINE, OPEN, accepted_by="l-2"),
+    "submit beaten to the next": Submit(FENCE, MINE, AGGREGATING, accepted_by="l-2", taker="r2"),
     "return": Return(FENCE),
     "expire": Expire(),
     "accept": Judge(MINE, True, "fine", OPEN),
@@ -52,7 +62,9 @@ beat         granted    !          !         !         expired    !
 submit       submitted  submitted  accepted  rejected  submitted  submitted
 submit_other submitted  !          !         !         submitted  submitted
 submit_too_late !       submitted  accepted  rejected  !          !
+submit_to_the_next submitted submitted accepted rejected submitted submitted
 submit_beaten   !       submitted  accepted  rejected  !          !
+submit_beaten_to_the_next ! submitted  accepted  rejected  !          !
 return       returned   !          !         !         expired    returned
 expire       expired    !          !         !         !          !
 accept       !          accepted   accepted  rejected  !          !
@@ -89,18 +101,27 @@ def test_the_table_names_every_event() -> None:
     assert {event for event, _, _ in transitions()} == set(EVENTS)
 
 
-@pytest.mark.parametrize("event", [Beat(FENCE - 1, 60.0), Submit(FENCE + 1, MINE, OPEN), Return(0)])
+@pytest.mark.parametrize("event", [Beat(FENCE - 1, 60.0, 25), Submit(FENCE + 1, MINE, OPEN), Return(0)])
 def test_another_fence_is_denied(event: leases.Event) -> None:
     with pytest.raises(DeniedError, match="fence"):
         leases.step(granted(), event, 101.0)
 
 
 def test_a_heartbeat_moves_the_expiry_and_never_turns_progress_back() -> None:
-    lease, commands = leases.step(granted(), Beat(FENCE, 60.0, step=9, loss=2.5, tokens_per_s=10.0), 130.0)
+    # 9 of 25 steps in 30 s: the other 16 take 53.3 s more.
+    lease, commands = leases.step(granted(), Beat(FENCE, 60.0, 25, step=9, loss=2.5, tokens_per_s=10.0), 130.0)
     assert lease.expires_at == 190.0
-    assert commands == (leases.ExtendExpiry(190.0),)
-    lease, _ = leases.step(lease, Beat(FENCE, 60.0, step=4), 140.0)
+    assert commands == (leases.ExtendExpiry(190.0, 130 + 16 * 30.0 / 9),)
+    lease, _ = leases.step(lease, Beat(FENCE, 60.0, 25, step=4), 140.0)
     assert (lease.step, lease.loss, lease.tokens_per_s) == (9, 2.5, 10.0)
+
+
+ENDS = {"before the first step": (0, 120.0, 160.0), "half way": (25, 150.0, 200.0), "done": (50, 150.0, 150.0)}
+
+
+@pytest.mark.parametrize(("step", "now", "ends_at"), ENDS.values(), ids=ENDS)
+def test_the_end_of_a_training_follows_from_its_pace(step: int, now: float, ends_at: float) -> None:
+    assert replace(granted(), step=step).ends_at(50, now) == ends_at
 
 
 def test_a_lease_does_not_expire_before_its_time() -> None:
@@ -110,16 +131,34 @@ def test_a_lease_does_not_expire_before_its_time() -> None:
 
 def test_a_late_submission_holds_its_shard_again() -> None:
     lease, commands = leases.step(granted(), Expire(), 160.0)
-    assert commands == (leases.ForgetExpiry(), leases.FreeShard())
+    assert commands == (leases.ForgetExpiry(), leases.FreeShards())
     lease, commands = leases.step(lease, Submit(FENCE, MINE, CLOSING), 500.0)
     assert lease.state is LeaseState.SUBMITTED
-    assert commands == (leases.HoldShard(), leases.QueueForAdmission(MINE))
+    assert commands == (leases.HoldShards(), leases.QueueForAdmission(MINE))
+
+
+LATE_COMMANDS = {
+    LeaseState.GRANTED: (leases.ForgetExpiry(), leases.FreeShards(), leases.QueueForAdmission(MINE)),
+    LeaseState.EXPIRED: (leases.QueueForAdmission(MINE),),
+    LeaseState.RETURNED: (leases.QueueForAdmission(MINE),),
+}
+
+
+@pytest.mark.parametrize("state", LATE_COMMANDS)
+def test_a_delta_for_the_next_round_leaves_its_shards_and_holds_none(state: LeaseState) -> None:
+    lease, commands = leases.step(in_state(state), EVENTS["submit to the next"], 500.0)
+    assert (lease.round_id, lease.trained_for, lease.home, commands) == ("r2", "r1", "r1", LATE_COMMANDS[state])
+    for accepted in (True, False):
+        _, commands = leases.step(lease, Judge(MINE, accepted, "as said", OPEN), 600.0)
+        assert leases.FreeShards() not in commands
+    again, commands = leases.step(lease, EVENTS["submit to the next"], 700.0)
+    assert (again, commands) == (lease, ())
 
 
 def test_a_rejected_lease_frees_its_shard() -> None:
     lease, commands = leases.step(in_state(LeaseState.SUBMITTED), Judge(MINE, False, "norm is zero", OPEN), 200.0)
     assert lease.verdict == "norm is zero"
-    assert leases.FreeShard() in commands
+    assert leases.FreeShards() in commands
     assert leases.RecordRejected() in commands
 
 
@@ -130,21 +169,40 @@ def test_the_second_accepted_delta_of_a_shard_is_rejected_and_says_so() -> None:
     assert not any(isinstance(command, leases.RecordAccepted) for command in commands)
 
 
-GO_ON_CASES = {
-    "open, nobody else": (OPEN, FENCE, None, True),
-    "closing still takes deltas": (CLOSING, FENCE, None, True),
-    "the fold has begun": (AGGREGATING, FENCE, None, False),
-    "another delta was accepted": (OPEN, FENCE, "l-2", False),
-    "its own delta was accepted": (OPEN, FENCE, "l-1", True),
-    "the shard was granted again": (OPEN, FENCE + 1, None, False),
+EXPIRED = replace(granted(), state=LeaseState.EXPIRED)
+GO_ON_CASES: dict[str, tuple[Lease, dict[str, Any], bool]] = {
+    "open, nobody else": (granted(), {}, True),
+    "closing still takes deltas": (granted(), {"round_state": CLOSING}, True),
+    "the fold has begun": (granted(), {"round_state": AGGREGATING}, False),
+    "the fold has begun, and little was done": (
+        replace(EXPIRED, step=12),
+        {"round_state": AGGREGATING, "late_is_welcome": True},
+        False,
+    ),
+    "the fold has begun, but half was done": (
+        replace(EXPIRED, step=13),
+        {"round_state": AGGREGATING, "late_is_welcome": True},
+        True,
+    ),
+    "half was done, and nobody wants it": (replace(EXPIRED, step=13), {"round_state": AGGREGATING}, False),
+    "another delta was accepted": (granted(), {"accepted_by": "l-2"}, False),
+    "its own delta was accepted": (granted(), {"accepted_by": "l-1"}, True),
+    "somebody has a copy": (granted(), {"newest_fence": FENCE + 1}, True),
+    "it expired": (EXPIRED, {}, True),
+    "it expired, and the shard was granted again": (EXPIRED, {"newest_fence": FENCE + 1}, False),
 }
 
 
-@pytest.mark.parametrize(("state", "fence", "accepted_by", "useful"), GO_ON_CASES.values(), ids=GO_ON_CASES)
-def test_a_worker_goes_on_while_its_work_can_still_count(
-    state: RoundState, fence: int, accepted_by: str | None, useful: bool
-) -> None:
-    answer, reason = leases.go_on(granted(), round_state=state, newest_fence=fence, accepted_by=accepted_by)
+@pytest.mark.parametrize(("lease", "around", "useful"), GO_ON_CASES.values(), ids=GO_ON_CASES)
+def test_a_worker_goes_on_while_its_work_can_still_count(lease: Lease, around: dict[str, Any], useful: bool) -> None:
+    usual: dict[str, Any] = {
+        "round_state": OPEN,
+        "newest_fence": FENCE,
+        "accepted_by": None,
+        "steps": 25,
+        "late_is_welcome": False,
+    }
+    answer, reason = leases.go_on(lease, **(usual | around))
     assert answer is useful
     assert bool(reason) is not useful
 
@@ -175,21 +233,23 @@ class World(RuleBasedStateMachine):
         self.leases[lease.lease_id] = lease
         for command in commands:
             match command:
-                case leases.HoldShard():
-                    self.holders[lease.shard] += 1
-                    self.free.discard(lease.shard)
-                case leases.FreeShard():
-                    self.holders[lease.shard] -= 1
-                    if not self.holders[lease.shard] and lease.shard not in self.accepted:
-                        self.free.add(lease.shard)
+                case leases.HoldShards():
+                    for shard in lease.numbers:
+                        self.holders[shard] += 1
+                        self.free.discard(shard)
+                case leases.FreeShards():
+                    for shard in lease.numbers:
+                        self.holders[shard] -= 1
+                        if not self.holders[shard] and shard not in self.accepted:
+                            self.free.add(shard)
                 case leases.QueueForAdmission():
                     self.queue.append(lease.lease_id)
                 case leases.LeaveQueue():
                     self.queue.remove(lease.lease_id)
                 case leases.RecordAccepted():
-                    assert lease.shard not in self.accepted
-                    self.accepted[lease.shard] = lease.lease_id
-                    self.free.discard(lease.shard)
+                    assert self.accepted.keys().isdisjoint(lease.numbers)
+                    self.accepted |= dict.fromkeys(lease.numbers, lease.lease_id)
+                    self.free.difference_update(lease.numbers)
                 case leases.RecordRejected():
                     self.rejected += 1
 
@@ -220,21 +280,45 @@ class World(RuleBasedStateMachine):
     def clock_moves(self, seconds: float) -> None:
         self.now += seconds
 
-    @precondition(lambda self: self.facts.state is RoundState.OPEN and self.free)
-    @rule()
-    def claim(self) -> None:
-        shard = min(self.free)
-        self.fences[shard] += 1
+    def hand_out(self, shard: int, count: int) -> None:
+        fence = 1 + max(self.fences[number] for number in range(shard, shard + count))
         lease, commands = leases.grant(
             lease_id=f"l-{len(self.leases)}",
-            fence=self.fences[shard],
+            fence=fence,
             round_id="r1",
             shard=shard,
+            shards=count,
             worker_id="w-1",
             now=self.now,
             lease_s=self.lease_s,
         )
+        self.fences |= dict.fromkeys(lease.numbers, fence)
         self.carry_out(lease, commands)
+
+    def taken(self, lease: Lease) -> str | None:
+        return next((self.accepted[shard] for shard in lease.numbers if shard in self.accepted), None)
+
+    @precondition(lambda self: self.facts.state is RoundState.OPEN and self.free)
+    @rule(most=st.integers(1, 4))
+    def claim(self, most: int) -> None:
+        shard, count = min(self.free), 1
+        while count < most and shard + count in self.free:
+            count += 1
+        self.hand_out(shard, count)
+
+    @precondition(lambda self: self.facts.state is RoundState.OPEN and not self.free)
+    @rule(data=st.data())
+    def copy(self, data: st.DataObject) -> None:
+        stragglers = [
+            lease
+            for lease in self.leases.values()
+            if lease.state is LeaseState.GRANTED
+            and self.taken(lease) is None
+            and all(self.holders[shard] < COPIES for shard in lease.numbers)
+        ]
+        if stragglers:
+            lease = data.draw(st.sampled_from(stragglers))
+            self.hand_out(lease.shard, lease.shards)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), kind=st.sampled_from(["beat", "submit", "submit", "return", "expire"]))
@@ -242,10 +326,10 @@ class World(RuleBasedStateMachine):
         lease = data.draw(st.sampled_from(sorted(self.leases.values(), key=lambda lease: lease.lease_id)))
         match kind:
             case "beat":
-                self.happens(lease, Beat(lease.fence, self.lease_s))
+                self.happens(lease, Beat(lease.fence, self.lease_s, 25 * lease.shards))
             case "submit":
                 digest = f"{int(lease.lease_id[2:]):064x}"
-                self.happens(lease, Submit(lease.fence, digest, self.facts.state, self.accepted.get(lease.shard)))
+                self.happens(lease, Submit(lease.fence, digest, self.facts.state, self.taken(lease)))
             case "return":
                 self.happens(lease, Return(lease.fence))
             case _:
@@ -257,7 +341,7 @@ class World(RuleBasedStateMachine):
     def admission_judges(self, data: st.DataObject, good: bool) -> None:
         lease = self.leases[data.draw(st.sampled_from(self.queue))]
         assert lease.contribution is not None
-        accepted_by = self.accepted.get(lease.shard)
+        accepted_by = self.taken(lease)
         self.happens(lease, Judge(lease.contribution, good, "as drawn", self.facts.state, accepted_by))
 
     @rule()
@@ -279,16 +363,17 @@ class World(RuleBasedStateMachine):
         self.tell(rounds.Published(1))
 
     @invariant()
-    def nobody_shares_a_shard_and_none_is_lost(self) -> None:
+    def no_shard_is_in_too_many_hands_and_none_is_lost(self) -> None:
         for shard in self.holders:
-            here = [lease for lease in self.leases.values() if lease.shard == shard]
+            here = [lease for lease in self.leases.values() if shard in lease.numbers]
             states = [lease.state for lease in here]
             holding = states.count(LeaseState.GRANTED) + states.count(LeaseState.SUBMITTED)
-            assert states.count(LeaseState.GRANTED) <= 1
+            assert states.count(LeaseState.GRANTED) <= COPIES
             assert states.count(LeaseState.ACCEPTED) == (shard in self.accepted)
             assert holding == self.holders[shard]
             assert (shard in self.free) == (holding == 0 and shard not in self.accepted)
-            assert [lease.fence for lease in here] == list(range(1, len(here) + 1))
+            fences = [lease.fence for lease in here]
+            assert fences == sorted(set(fences))
 
     @invariant()
     def nothing_that_awaits_a_verdict_is_left_behind(self) -> None:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from gateway_world import add_dataset, make_manifest, publish
 
+from coordinator import opening
 from coordinator.ledger import Ledger
-from coordinator.opening import next_round_id, open_round, pick_shards
-from rankup.errors import InputError, IntegrityError, NotFoundError
+from coordinator.ledger_keys import OPEN_ROUNDS
+from coordinator.opening import next_round_id, open_round, pick_shards, require_no_campaign
+from coordinator.rounds import Cancel, Evaluated, Pause, Published, Resume
+from rankup.errors import InputError, IntegrityError, NotFoundError, StateError
 from rankup.message import canonical_json
 from rankup.protocol import RoundRequest, RoundState
 from rankup.recipe import Recipe
-from rankup.records import RoundRecord
+from rankup.records import Evaluation, Rollback, RoundRecord
 from rankup.signing import generate_private_key, parse_private_key, public_key_hex
 from rankup.store import MemoryStore
 from rankup.targets import select_targets
-from rankup.versions import round_key
+from rankup.versions import manifest_digest, round_key
 
 if TYPE_CHECKING:
     from conftest import ValkeyServer
@@ -72,6 +76,66 @@ def test_a_campaign_walks_through_the_dataset_and_wraps_around(store: MemoryStor
     assert len({name.rpartition("-")[2] for name in names}) == 1
 
 
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_a_round_names_the_earlier_rounds_whose_late_deltas_it_takes(
+    store: MemoryStore, with_ledger: Any, staleness: int
+) -> None:
+    recipe = {"aggregation": {"max_staleness": staleness}}
+
+    async def act(ledger: Ledger) -> list[RoundRecord]:
+        records: list[RoundRecord] = []
+        for index in range(4):
+            previous = records[-1] if records else None
+            asked = request(recipe=recipe)
+            records.append(await open_round(ledger, store, asked, index=index, previous=previous, now=NOW))
+        return records
+
+    records = with_ledger(act)
+    names = [record.round_id for record in records]
+    for index, record in enumerate(records):
+        assert record.earlier_rounds == tuple(reversed(names[:index]))[:staleness]
+
+
+def test_the_round_after_a_paused_one_opens_paused_and_grants_nothing(store: MemoryStore, with_ledger: Any) -> None:
+    async def act(ledger: Ledger) -> None:
+        first = await open_round(ledger, store, request(), index=0, previous=None, now=NOW)
+        second = await open_round(ledger, store, request(), index=1, previous=first, now=NOW + 1, paused=True)
+        status = await ledger.round(second.round_id)
+        assert (status.facts.state, status.facts.paused) == (RoundState.OPEN, True)
+        assert await ledger.valkey.call("ZRANGE", OPEN_ROUNDS, 0, -1) == [first.round_id]
+        status, _ = await ledger.apply(second.round_id, Resume(), NOW + 11)
+        assert status.facts.deadline_at == NOW + 11 + request().deadline_s
+        assert await ledger.valkey.call("ZRANGE", OPEN_ROUNDS, 0, -1) == [first.round_id, second.round_id]
+        await ledger.apply(first.round_id, Pause(), NOW + 12)
+        assert await ledger.valkey.call("ZRANGE", OPEN_ROUNDS, 0, -1) == [second.round_id]
+
+    with_ledger(act)
+
+
+def test_a_campaign_is_over_when_its_last_round_has_ended_and_not_before(store: MemoryStore, with_ledger: Any) -> None:
+    evaluation = Evaluation(heldout_loss=2.0, examples=1, tokens=1)
+
+    async def act(ledger: Ledger) -> None:
+        await require_no_campaign(ledger, "tiny")
+        record = await open_round(ledger, store, request(repeat=2), index=0, previous=None, now=NOW)
+        with pytest.raises(StateError, match="is open; a model has one campaign at a time"):
+            await require_no_campaign(ledger, "tiny")
+        await require_no_campaign(ledger, "another")
+        # As if it had been trained and folded.
+        status = await ledger.round(record.round_id)
+        folded = replace(status.facts, state=RoundState.EVALUATING)
+        assert await ledger._store_facts(status, folded)
+        await ledger.apply(record.round_id, Evaluated(evaluation), NOW)
+        await ledger.apply(record.round_id, Published(1), NOW)
+        with pytest.raises(StateError, match="the next one of its campaign opens in a moment"):
+            await require_no_campaign(ledger, "tiny")
+        following = await open_round(ledger, store, request(repeat=2), index=1, previous=record, now=NOW)
+        await ledger.apply(following.round_id, Cancel("enough"), NOW)
+        await require_no_campaign(ledger, "tiny")
+
+    with_ledger(act)
+
+
 def test_a_keeper_that_was_killed_between_the_two_writes_opens_the_round_once(
     store: MemoryStore, with_ledger: Any
 ) -> None:
@@ -106,14 +170,40 @@ def test_two_keepers_at_once_open_one_round(store: MemoryStore, with_ledger: Any
 def test_the_record_lies_in_object_storage_and_the_base_is_the_latest_version(
     store: MemoryStore, with_ledger: Any
 ) -> None:
-    digest = publish(store, KEY, make_manifest(1, "0" * 64))
+    first = manifest_digest(make_manifest(0, None))
+    digest = publish(store, KEY, make_manifest(1, first))
 
     async def act(ledger: Ledger) -> RoundRecord:
         return await open_round(ledger, store, request(), index=0, previous=None, now=NOW)
 
     record = with_ledger(act)
-    assert (record.base_version, record.base_manifest) == (1, digest)
+    assert (record.base_version, record.base_manifest, record.older_bases) == (1, digest, (first,))
     assert RoundRecord.model_validate_json(store.get(round_key(record.round_id), max_bytes=10**6)) == record
+
+
+def test_a_lease_is_never_larger_than_a_volunteer_takes(
+    store: MemoryStore, with_ledger: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def act(ledger: Ledger) -> RoundRecord:
+        return await open_round(ledger, store, request(), index=0, previous=None, now=NOW)
+
+    assert with_ledger(act).request.max_shards_per_lease == request().max_shards_per_lease
+    largest = max(shard.size_bytes for shard in add_dataset(MemoryStore(), shards=5).shards)
+    monkeypatch.setattr(opening, "MAX_LEASE_BYTES", 3 * largest + 1)
+    assert with_ledger(act).request.max_shards_per_lease == 3
+    monkeypatch.setattr(opening, "MAX_LEASE_BYTES", largest - 1)
+    assert with_ledger(act).request.max_shards_per_lease == 1
+
+
+def test_nothing_trained_on_a_version_that_was_taken_back_is_welcome(store: MemoryStore, with_ledger: Any) -> None:
+    worse = publish(store, KEY, make_manifest(1, manifest_digest(make_manifest(0, None))))
+    publish(store, KEY, make_manifest(2, worse).model_copy(update={"round_id": None, "change": Rollback(to=0)}))
+
+    async def act(ledger: Ledger) -> RoundRecord:
+        return await open_round(ledger, store, request(), index=0, previous=None, now=NOW)
+
+    record = with_ledger(act)
+    assert (record.base_version, record.older_bases) == (2, ())
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,18 @@ def test_two_volunteers_make_a_version_that_can_be_pulled_verified_and_loaded(
     assert server.json("verify", server.url, campaign_data, "--level", "all")["ok"]
     assert tensors_of(server, campaign_data, updated["version"]) == summed_by_hand(server, campaign_data, kept)
 
+    deadline = time.monotonic() + 60
+    while credit_of(server, undone["worker_id"], kept["worker_id"]) != [0.0, float(kept["tokens"])]:
+        assert time.monotonic() < deadline, credit_of(server, undone["worker_id"], kept["worker_id"])
+        time.sleep(1)
+    done = [action["what"] for action in server.json("admin", "log")]
+    assert {"import_model", "create_round", "revoke_contributions"} <= set(done)
+
+
+def credit_of(server: Server, *workers: str) -> list[float]:
+    found = {row["worker_id"]: row["credit"] for row in server.json("leaderboard")}
+    return [found[worker_id] for worker_id in workers]
+
 
 def tensors_of(server: Server, model: str, version: int) -> dict[str, TensorEntry]:
     return dict(manifest_of(server, model, version).tensors)

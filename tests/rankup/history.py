@@ -127,8 +127,8 @@ def make_history(
 
 def make_varied_history() -> History:
     """Versions 0 to 3 with everything that a round may have: an outer step with momentum (in rounds 1 and 2, not in 3),
-    stacked experts, vectors, partial deltas of both widths, deltas of an older base, terms of coefficient 0 whose blobs
-    are gone."""
+    stacked experts, vectors, partial deltas of both widths, late deltas of an older base and, in round 3, of a round
+    that made no version, terms of coefficient 0 whose blobs are gone."""
     recipe = Recipe(
         rank=RANK,
         target_parameters=("experts",),
@@ -197,7 +197,8 @@ def _contribute(
     index: int,
     recipe: Recipe,
 ) -> tuple[Term, dict[str, list[Factors]]]:
-    """Where deltas may be partial, the last term counts for nothing, and one is int8 and one of an older base."""
+    """Where deltas may be partial, the last term counts for nothing, one is int8, and one is late and of an older
+    base."""
     changes: dict[str, list[Factors]] = {}
     for place, (name, shape) in enumerate(sorted(shapes.items())):
         if recipe.partial and place % 4 == index:
@@ -215,7 +216,10 @@ def _contribute(
         ]
     stale = recipe.partial and index == 2 and version > 1
     base = manifest_digest(history.manifests[version - 2 if stale else version - 1])
-    header = DeltaHeader(model=MODEL, round_id=f"round-{version}", lease_id=f"l{index}", base_manifest=base)
+    made_for = f"round-{version - 1}" if stale else None
+    if recipe.partial and (version, index) == (3, 0):
+        made_for = "round-3-rejected"
+    header = DeltaHeader(model=MODEL, round_id=made_for or f"round-{version}", lease_id=f"l{index}", base_manifest=base)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "delta"
         ref = write_delta(
@@ -231,9 +235,11 @@ def _contribute(
         worker_id=f"w-{index}",
         worker_name=f"worker {index}",
         shard=index,
+        shards=2 if stale else 1,
         tokens=1000 + index,
         coefficient=0 if left_out else 20000 + index,
         base_manifest=base if stale else None,
+        round_id=made_for,
     )
     return term, changes
 

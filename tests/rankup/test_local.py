@@ -168,6 +168,25 @@ def test_starting_and_stopping_twice_and_from_other_threads_is_fine(tmp_path: Pa
         _ = services.store_settings
 
 
+def test_a_server_that_died_comes_back_with_its_data_where_it_was(tmp_path: Path) -> None:
+    with LocalServices(tmp_path) as services:
+        store, ports, pids = open_store(services.store_settings), services.ports, services.pids
+        store.put("a", b"1")
+        _valkey(services, "SET", "a", "1")
+        assert services.dead() == ()
+        services.revive()
+        assert services.pids == pids
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL)
+        _eventually(lambda: set(services.dead()) == {"valkey", "seaweedfs"})
+        services.revive()
+        assert services.dead() == ()
+        assert services.ports == ports
+        assert store.get("a", max_bytes=9) == b"1"
+        assert _valkey(services, "GET", "a") == "$1\r\n1\r\n"
+    assert services.dead() == ()
+
+
 PARENT = """
 import signal, sys, time
 from pathlib import Path

@@ -74,6 +74,20 @@ def test_a_contribution_of_another_round_is_refused(varied: History, tmp_path: P
         make(varied, 2, files)
 
 
+@pytest.mark.parametrize("round_id", [None, "round-0"])
+@pytest.mark.parametrize("late", [2, 0], ids=["of an older base", "of a round without a version"])
+def test_a_late_delta_is_only_that_of_the_round_that_its_term_names(
+    varied: History, tmp_path: Path, late: int, round_id: str | None
+) -> None:
+    files, manifest = lay_down(varied, tmp_path), varied.manifests[3]
+    assert next(term.round_id for term in manifest.terms if term.shard == late) is not None
+    terms = tuple(
+        term.model_copy(update={"round_id": round_id}) if term.shard == late else term for term in manifest.terms
+    )
+    with pytest.raises(IntegrityError, match="not one of this round: the delta is for round_id"):
+        RoundSum(manifest.model_copy(update={"terms": terms}), lambda digest: files / digest)
+
+
 def test_files_that_do_not_hold_the_group_or_its_bytes_are_refused(varied: History, tmp_path: Path) -> None:
     files = lay_down(varied, tmp_path)
     one, two = varied.manifests[1].groups

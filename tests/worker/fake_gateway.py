@@ -22,6 +22,7 @@ from rankup.protocol import (
     PROTOCOL_VERSION,
     BlobLink,
     ClaimAnswer,
+    ClaimRequest,
     Enrolled,
     EnrolRequest,
     Heartbeat,
@@ -32,6 +33,7 @@ from rankup.protocol import (
     Problem,
     ReturnRequest,
     ServerInfo,
+    Standing,
     SubmitRequest,
     UploadRequest,
     UploadTicket,
@@ -54,6 +56,10 @@ class FakeGateway:
         self.tokens: dict[str, str] = {}
         """token -> public key"""
         self.names: dict[str, str] = {}
+        self.teams: list[str] = []
+        """Of every enrolment."""
+        self.claims: list[ClaimRequest] = []
+        self.standing = Standing.MEMBER
         self.waiting: list[str] = []
         self.granted: dict[str, LeaseGrant] = {}
         self.states: dict[str, LeaseState] = {}
@@ -63,6 +69,8 @@ class FakeGateway:
         self.beats: list[tuple[str, Heartbeat]] = []
         self.announced = self.shard = SHARD
         """What leases say that the shard is, and what is sent."""
+        self.shards = self.links = 1
+        """How many a lease says that it has, and how many links it brings."""
         self.targets = TARGETS
         self.recipe = Recipe(rank=2, steps=STEPS)
         self.max_delta_bytes = 10_000
@@ -98,13 +106,15 @@ class FakeGateway:
             base_version=3,
             base_manifest=BASE_MANIFEST,
             shard=len(self.granted),
+            shards=self.shards,
             shard_links=(
                 BlobLink(
                     sha256=hashlib.sha256(self.announced).hexdigest(),
                     size_bytes=len(self.announced),
                     url=f"{self.url}/storage/shard",
                 ),
-            ),
+            )
+            * self.links,
             recipe=self.recipe,
             seed=11,
             targets=self.targets,
@@ -140,10 +150,16 @@ class FakeGateway:
         token = f"token-{len(self.names)}-{time.monotonic_ns()}"
         self.tokens = {token: said.statement.public_key}
         self.names[said.statement.public_key] = said.statement.name
+        self.teams.append(said.statement.team)
         worker_id = signing.worker_id_of(said.statement.public_key)
-        return Enrolled(worker_id=worker_id, token=token, publisher_key=self.publisher_key)
+        return Enrolled(worker_id=worker_id, token=token, publisher_key=self.publisher_key, standing=self.standing)
 
-    def claim(self) -> ClaimAnswer:
+    def claim(self, said: ClaimRequest) -> ClaimAnswer:
+        self.claims.append(said)
+        if self.standing is Standing.BANNED:
+            raise DeniedError("the organiser has banned this machine", remedy="Ask the organiser.")
+        if self.standing is Standing.WAITING:
+            return ClaimAnswer(why="waiting", reason="The organiser approves each machine.", retry_after_s=0.05)
         if not self.waiting:
             return ClaimAnswer(reason="no open round", retry_after_s=0.05)
         lease_id = self.waiting.pop(0)
@@ -230,9 +246,9 @@ def make_app(fake: FakeGateway) -> FastAPI:
         return fake.enrol(said)
 
     @app.post("/v1/leases")
-    def claim(request: Request) -> ClaimAnswer:
+    def claim(said: ClaimRequest, request: Request) -> ClaimAnswer:
         fake.worker(request)
-        return fake.claim()
+        return fake.claim(said)
 
     @app.get("/v1/leases/{lease_id}")
     def lease(lease_id: str, request: Request) -> LeaseView:

@@ -25,7 +25,7 @@ def main(mode: str, job_file: str) -> int:
     job = Job.model_validate_json(Path(job_file).read_text())
     say(Ready(device="cpu", examples=1, import_s=0.0, setup_s=0.0))
     if mode == "crash":
-        say(StepDone(step=1, steps=job.recipe.steps, loss=3.0, tokens=1, tokens_per_s=1.0))
+        say(StepDone(step=1, steps=job.steps, loss=3.0, tokens=1, tokens_per_s=1.0))
         sys.stderr.write("something is wrong with the fan\n")
         return 1
     if mode == "full-disk":
@@ -34,9 +34,9 @@ def main(mode: str, job_file: str) -> int:
     if mode == "noisy":
         sys.stdout.write("hello from a library\n")
     step = 0
-    while step < job.recipe.steps or mode == "endless":
+    while step < job.steps or mode == "endless":
         step += 1
-        say(StepDone(step=step, steps=job.recipe.steps, loss=3.0 / step, tokens=8 * step, tokens_per_s=100.0))
+        say(StepDone(step=step, steps=job.steps, loss=3.0 / step, tokens=8 * step, tokens_per_s=100.0))
         time.sleep(0.02)
     hand_over(job, step, liar=mode == "liar")
     return 0

@@ -52,13 +52,13 @@ def main(mode: str, job_file: str) -> int:
 
     threading.Thread(target=listen, daemon=True).start()
     say(Ready(device="cpu", examples=1, import_s=0.0, setup_s=0.0, step=step, pausable=True))
-    while step < job.recipe.steps:
+    while step < job.steps:
         if paused.wait(0.07):
             save(job, step)
             say(Paused(step=step))
             return TrainerExit.PAUSED
         step += 1
-        say(StepDone(step=step, steps=job.recipe.steps, loss=3.0 / step, tokens=8 * step, tokens_per_s=100.0))
+        say(StepDone(step=step, steps=job.steps, loss=3.0 / step, tokens=8 * step, tokens_per_s=100.0))
         if first and step == 2 and mode != "slow":
             save(job, step)
             if mode == "memory-once":

@@ -15,17 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_gateway import BASE_MANIFEST, INVITE, FakeGateway, serve
+from fake_gateway import BASE_MANIFEST, INVITE, SHARD, FakeGateway, serve
 
-from rankup.errors import DeniedError, DiskFullError, IntegrityError, SetupError, StateError, UnreachableError
-from rankup.protocol import LeaseState
+from rankup.errors import (
+    DeniedError,
+    DiskFullError,
+    InputError,
+    IntegrityError,
+    SetupError,
+    StateError,
+    TooLargeError,
+    UnreachableError,
+)
+from rankup.protocol import MAX_LEASE_BYTES, LeaseState, Standing
 from rankup.settings import WorkerSettings
 from worker import agent
 from worker.events import (
     Abandoned,
     Claimed,
+    Downloading,
     Dropped,
     Enrolled,
+    NoWork,
     Problem,
     Step,
     Submitted,
@@ -58,6 +69,7 @@ class Machine:
     events: list[WorkerEvent] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     on_event: Callable[[WorkerEvent], None] = lambda event: None
+    models: tuple[str, ...] = ()
 
     def see(self, event: WorkerEvent) -> None:
         self.events.append(event)
@@ -68,7 +80,9 @@ class Machine:
             self.url,
             **{"invite": INVITE, "name": "ada", "pull": pull_nothing, "verdict_wait_s": 5.0, "sense": idle_machine}
             | more,
-            settings=WorkerSettings(home=self.home, threads=1, timeout_s=5.0, patience_s=patience_s),
+            settings=WorkerSettings(
+                home=self.home, threads=1, timeout_s=5.0, patience_s=patience_s, models=self.models
+            ),
             max_leases=leases,
             stop=self.stop,
             report=self.see,
@@ -108,6 +122,88 @@ def test_a_lease_goes_from_claim_to_verdict(gateway: FakeGateway, machine: Machi
     assert gateway.submissions["l1"][0].statement.sha256 in gateway.uploads
     assert left_over(machine.home, "outbox/*.delta") == []
     assert left_over(machine.home, "jobs/*") == []
+
+
+def test_the_shards_of_a_lease_are_fetched_and_trained_together(gateway: FakeGateway, machine: Machine) -> None:
+    gateway.shards = gateway.links = 3
+    gateway.offer("l1")
+    summary = machine.work()
+    assert (summary.submitted, summary.accepted) == (1, 1)
+    claimed, bytes_ = machine.of(Claimed)[0], [event.done for event in machine.of(Downloading)]
+    assert (claimed.shard, claimed.shards, claimed.steps) == (0, 3, 3 * 5)
+    assert bytes_ == [len(SHARD), 2 * len(SHARD), 3 * len(SHARD)]
+    assert {event.total for event in machine.of(Downloading)} == {3 * len(SHARD)}
+    assert [(event.step, event.steps) for event in machine.of(Step)] == [(n, 15) for n in range(1, 16)]
+    assert gateway.submissions["l1"][0].statement.steps == 15
+
+
+@pytest.mark.parametrize(
+    ("shards", "links", "size", "kind"),
+    [(3, 2, 10, InputError), (257, 257, 10, InputError), (2, 2, MAX_LEASE_BYTES // 2 + 1, TooLargeError)],
+)
+def test_a_lease_with_missing_links_or_too_many_bytes_goes_back_before_anything_is_fetched(
+    gateway: FakeGateway, machine: Machine, shards: int, links: int, size: int, kind: type
+) -> None:
+    class Announced(bytes):
+        def __len__(self) -> int:
+            return size
+
+    gateway.shards, gateway.links, gateway.announced = shards, links, Announced(SHARD)
+    gateway.offer("l1")
+    machine.work()
+    assert [type(event.error) for event in machine.of(Problem)] == [kind]
+    assert list(gateway.returned) == ["l1"]
+    assert machine.of(Downloading) == []
+
+
+def test_a_claim_says_what_is_wished_for_and_what_there_is(gateway: FakeGateway, machine: Machine) -> None:
+    machine.models = ("tiny", "small")
+    machine.home.mkdir()
+    (machine.home / "limits.yaml").write_text("start_hour: 0\nend_hour: 24\nweek: {mon: [0, 24]}\n")
+    gateway.offer("l1")
+    machine.work()
+    (claim,) = gateway.claims
+    assert claim.models == ("tiny", "small")
+    assert claim.memory_bytes is not None
+    assert claim.memory_bytes > 0
+    assert claim.available_s is None
+
+
+def test_the_team_is_told_once_and_kept(gateway: FakeGateway, machine: Machine) -> None:
+    machine.work(leases=0, team="harbour")
+    machine.work(leases=0)
+    machine.work(leases=0, team="harbour")
+    assert gateway.teams == ["harbour"]
+    machine.work(leases=0, name="grace")
+    machine.work(leases=0, team="")
+    assert gateway.teams == ["harbour", "harbour", ""]
+
+
+def test_a_machine_that_waits_for_approval_says_so_and_goes_on_asking(gateway: FakeGateway, machine: Machine) -> None:
+    gateway.standing = Standing.WAITING
+    gateway.offer("l1")
+
+    def approve(event: WorkerEvent) -> None:
+        if len(machine.of(NoWork)) == 2:
+            gateway.standing = Standing.MEMBER
+
+    machine.on_event = approve
+    assert machine.work().accepted == 1
+    assert [event.waiting for event in machine.of(Enrolled)] == [True]
+    assert machine.of(NoWork)[0] == NoWork("The organiser approves each machine.", 0.05, "waiting")
+    assert len(gateway.claims) >= 3
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known before", "new"])
+def test_a_banned_machine_ends_with_the_reason(gateway: FakeGateway, machine: Machine, known: bool) -> None:
+    if known:
+        machine.work(leases=0)
+    gateway.standing = Standing.BANNED
+    gateway.offer("l1")
+    with pytest.raises(DeniedError, match="banned" if known else "takes no more work") as caught:
+        machine.work()
+    assert "organiser" in caught.value.remedy
+    assert machine.of(Claimed) == []
 
 
 def test_identity_is_private_and_used_again(gateway: FakeGateway, machine: Machine) -> None:

@@ -53,7 +53,7 @@ def make_job(folder: Path, base: tuple[Path, dict[str, Target]], **more: Any) ->
         "model": "tiny",
         "base_manifest": "ab" * 32,
         "base_folder": base[0],
-        "shard_file": write_rows(folder / "shard.jsonl", ROWS),
+        "shard_files": (write_rows(folder / "shard.jsonl", ROWS),),
         "delta_file": folder / "finished.delta",
         "recipe": RECIPE,
         "seed": 5,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
 from rankup.errors import DiskFullError
+from rankup.protocol import NoWorkCode
 from worker.display import LiveDisplay, PlainDisplay, describe, event_fields, open_display, write_json
 from worker.events import (
     Abandoned,
@@ -66,6 +68,20 @@ def test_every_event_has_words_and_a_json_line(name: str) -> None:
     write_json(event, stream)
     assert stream.getvalue().count("\n") == 1
     assert json.loads(stream.getvalue())["event"] == name
+
+
+def test_several_shards_are_told_as_a_range() -> None:
+    assert describe(Claimed("l1", "r1", "tiny", 3, 4, 100, 4)).startswith("Got shards 4-7 of round r1: 100 steps")
+
+
+@pytest.mark.parametrize("why", get_args(NoWorkCode))
+def test_every_reason_for_no_work_has_words_and_those_of_the_server_come_first(why: NoWorkCode) -> None:
+    assert len(describe(NoWork("", 5.0, why))) > len("No work now: ; asking again in 5 s") + 10
+    assert describe(NoWork("Come back at nine.", 5.0, why)) == "No work now: Come back at nine; asking again in 5 s"
+
+
+def test_who_waits_for_approval_is_told() -> None:
+    assert "has to approve" in describe(Enrolled("w-1", "ada", "http://host", new=True, waiting=True))
 
 
 def test_a_problem_is_told_by_code_cause_and_remedy() -> None:

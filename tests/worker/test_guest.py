@@ -360,7 +360,7 @@ def test_a_real_training_is_paused_in_seconds_and_ends_with_the_same_bits(
     job = Job(
         **{name: getattr(grant, name) for name in ("round_id", "lease_id", "fence", "model", "base_manifest", "seed")},
         base_folder=base,
-        shard_file=alone / "shard.jsonl",
+        shard_files=(alone / "shard.jsonl",),
         delta_file=alone / "finished.delta",
         recipe=grant.recipe,
         targets=grant.targets,

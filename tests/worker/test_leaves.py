@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from rankup.cli.volunteer import app
 from rankup.protocol import (
+    ClaimRequest,
     DeviceProfile,
     EnrolRequest,
     EnrolStatement,
@@ -24,6 +25,7 @@ from rankup.protocol import (
 from worker.leaves import LEAVING, STAYING, public_reason
 
 SENT = (
+    ClaimRequest,
     DeviceProfile,
     EnrolRequest,
     EnrolStatement,

@@ -20,6 +20,7 @@ from worker.limits import (
     Readings,
     Stance,
     UserPause,
+    available_s,
     first_reason,
     hold_s,
     step,
@@ -86,6 +87,54 @@ def test_one_look_gives_one_reason_in_plain_words(name: str) -> None:
 def test_hours_follow_the_day_they_began_on(limits: dict[str, Any], day: int, hour: float, allowed: bool) -> None:
     now = datetime(2026, 7, day).astimezone() + timedelta(hours=hour)
     assert within_hours(Limits.model_validate(limits), now) is allowed
+
+
+@pytest.mark.parametrize(
+    ("limits", "hour", "left_h"),
+    [
+        ({}, 12, None),
+        ({"start_hour": 5, "end_hour": 5}, 12, None),
+        ({"start_hour": 9, "end_hour": 17}, 12, 5),
+        ({"start_hour": 9, "end_hour": 17}, 17, 0),
+        ({"start_hour": 9, "end_hour": 17}, 3, 0),
+        ({"start_hour": 22, "end_hour": 7}, 23.5, 7.5),
+        ({"start_hour": 22, "end_hour": 7}, 6, 1),
+        ({"start_hour": 0, "end_hour": 24}, 12, None),
+        ({"start_hour": 8.1, "end_hour": 17.7}, 12, 5.7),
+        # 1 July 2026 is a Wednesday.
+        ({"week": {"sun": "off"}}, 12, 12 + 3 * 24),
+        ({"start_hour": 22, "end_hour": 7, "week": {"thu": [0, 24], "fri": [3, 9]}}, 23, 1 + 24),
+        ({"start_hour": 9, "end_hour": 17, "week": {"wed": [0, 24], "thu": [0, 12]}}, 1, 23 + 12),
+    ],
+)
+def test_what_is_left_is_the_time_to_the_next_hour_that_is_not_allowed(
+    limits: dict[str, Any], hour: float, left_h: float | None
+) -> None:
+    now = datetime(2026, 7, 1).astimezone() + timedelta(hours=hour)
+    left_s = available_s(Limits.model_validate(limits), now)
+    assert left_s == (None if left_h is None else pytest.approx(left_h * 3600))
+
+
+HALF_HOURS = st.integers(0, 48).map(lambda halves: halves / 2)
+DAYS_OF_THE_WEEK = st.sampled_from(["mon", "tue", "wed", "thu", "fri", "sat", "sun"])
+
+
+@given(
+    st.builds(
+        lambda start, end, week: Limits.model_validate({"start_hour": start, "end_hour": end, "week": week}),
+        HALF_HOURS,
+        HALF_HOURS,
+        st.dictionaries(DAYS_OF_THE_WEEK, st.just("off") | st.tuples(HALF_HOURS, HALF_HOURS), max_size=4),
+    ),
+    st.integers(0, 7 * 96 - 1),
+)
+def test_until_then_every_hour_is_allowed_and_then_none_is(limits: Limits, quarter: int) -> None:
+    now = datetime(2026, 7, 1).astimezone() + timedelta(minutes=15 * quarter)
+    left_s = available_s(limits, now)
+    quarters = 8 * 96 if left_s is None else int(left_s // 900)
+    assert all(within_hours(limits, now + timedelta(minutes=15 * n + 1)) for n in range(quarters))
+    if left_s is not None:
+        assert not within_hours(limits, now + timedelta(seconds=left_s + 1))
 
 
 def test_the_owners_pause_ends_by_itself_or_by_their_word() -> None:

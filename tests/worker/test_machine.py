@@ -18,6 +18,7 @@ from rankup.settings import WorkerSettings
 from worker import cache, device, doctor, identity
 
 SMI = """#!/bin/sh
+case "$1" in *memory.free*) echo 11000; echo 8000; exit;; esac
 echo "NVIDIA GeForce RTX 3060, 12288"
 echo "NVIDIA GeForce GTX 1080, 8192"
 """
@@ -56,6 +57,27 @@ def test_the_asked_device_is_profiled(
     assert (found.kind, found.threads) == (kind, 3)
     assert found.memory_bytes > 0
     assert name is None or found.name == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "free"), [("auto", 11000), ("cuda", 11000), ("cuda:1", 8000), ("cuda:2", None), ("xpu", None)]
+)
+def test_free_memory_is_that_of_the_card_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, free: int | None
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(SMI)
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert device.free_memory(asked) == (None if free is None else free * 1024**2)
+    processor = device.free_memory("cpu")
+    assert processor is not None
+    assert 0 < processor <= device.total_memory()
+
+
+@pytest.mark.parametrize("text", ["", "[N/A]\n9\n", "Unable to determine the device handle\n"])
+def test_a_card_that_does_not_tell_its_free_memory_is_not_guessed_at(text: str) -> None:
+    assert device.parse_free_memory(text) == []
 
 
 @pytest.mark.parametrize("module", ["worker.agent", "worker.display", "worker.doctor", "worker.trainer"])

@@ -33,7 +33,7 @@ def job_of(folder: Path, base: Path, recipe: Recipe, targets: dict[str, Target])
         model="tiny",
         base_manifest="ab" * 32,
         base_folder=base,
-        shard_file=write_rows(folder / "shard.jsonl", ROWS),
+        shard_files=(write_rows(folder / "shard.jsonl", ROWS),),
         delta_file=folder / "finished.delta",
         recipe=recipe,
         seed=11,

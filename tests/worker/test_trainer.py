@@ -53,7 +53,7 @@ def make_job(folder: Path, base: tuple[Path, dict[str, Target]], rows: list[dict
         "model": "tiny",
         "base_manifest": "ab" * 32,
         "base_folder": base[0],
-        "shard_file": write_rows(folder / "shard.jsonl", rows),
+        "shard_files": (write_rows(folder / "shard.jsonl", rows),),
         "delta_file": folder / "finished.delta",
         "recipe": RECIPE,
         "seed": 2**62 + 3,
@@ -112,6 +112,25 @@ def test_twenty_steps_lower_the_loss_and_leave_a_delta_that_is_what_peft_would_m
             change = layer.get_delta_weight("default").detach().double().numpy()
             b, a = dequantise(reader.factors(name))
             assert np.linalg.norm(b @ a - change) < 1e-3 * np.linalg.norm(change), name
+
+
+@pytest.mark.slow
+def test_two_shards_of_a_lease_give_the_delta_of_one_shard_that_holds_both(
+    base: tuple[Path, dict[str, Target]], tmp_path: Path
+) -> None:
+    one_shard = RECIPE.model_copy(update={"steps": 3, "warmup_steps": 2})
+    both = one_shard.model_copy(update={"steps": 6})
+    halves = (CONVERSATIONS[:9], CONVERSATIONS[9:])
+    files = tuple(write_rows(tmp_path / f"shard-{n}.jsonl", rows) for n, rows in enumerate(halves))
+    digests = []
+    for name, more in (("apart", {"recipe": one_shard, "shard_files": files}), ("together", {"recipe": both})):
+        lines: list[Line] = []
+        job = make_job(tmp_path / name, base, CONVERSATIONS, **more)
+        trainer.train(job, lines.append, started=time.perf_counter(), scratch=tmp_path / name / "scratch")
+        assert isinstance(lines[-1], Finished)
+        assert lines[-1].steps == 6
+        digests.append(lines[-1].sha256)
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.long
@@ -214,14 +233,33 @@ def test_a_shard_that_cannot_be_used_is_told_by_line(tmp_path: Path, text: str, 
     path = tmp_path / "shard.jsonl"
     path.write_text(text)
     with pytest.raises(InputError, match=words):
-        read_rows(path)
+        read_rows([path])
+
+
+def test_several_shards_give_the_rows_of_one_file_and_faults_are_told_by_shard(tmp_path: Path) -> None:
+    first, second, both = (tmp_path / name for name in ("first", "second", "both"))
+    first.write_text('{"text": "a"}\n')
+    second.write_text('{"text": "b"}\n{"text": "c"}\n')
+    both.write_text(first.read_text() + second.read_text())
+    assert read_rows([first, second]) == read_rows([both]) == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+    second.write_text("\n{")
+    with pytest.raises(InputError, match="line 2 of shard 2 of 2 is not JSON"):
+        read_rows([first, second])
+    first.write_text('{"text": "a"}')
+    second.write_text('{"messages": []}')
+    with pytest.raises(InputError, match=r"line 1 of shard 2 of 2 has \['messages'\], the lines before"):
+        read_rows([first, second])
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
+    with pytest.raises(InputError, match="all 2 shards are empty"):
+        read_rows([empty, empty])
 
 
 def test_rows_keep_what_trl_knows_and_lines_end_only_at_newlines(tmp_path: Path) -> None:
     path = tmp_path / "shard.jsonl"
     rows = [{"text": "a\u2028b\x85", "source": "x", "tools": "[]"}, {"text": "c"}]
     path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
-    assert read_rows(path) == [{"text": "a\u2028b\x85", "tools": "[]"}, {"text": "c"}]
+    assert read_rows([path]) == [{"text": "a\u2028b\x85", "tools": "[]"}, {"text": "c"}]
 
 
 @pytest.mark.parametrize(("losses", "ends"), [([4.0], (4.0, 4.0)), ([5.0, 4, 3, 2, 1, 1, 1, 1, 1, 0], (4.5, 0.5))])
