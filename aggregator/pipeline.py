@@ -80,7 +80,7 @@ class Pipeline:
         receipt: Receipt = await tasks.result_of(
             tasks.admit_task.remote(
                 self._store_wire,
-                record,
+                record.round_id,
                 submission,
                 self._settings.max_delta_bytes,
                 now,

@@ -58,6 +58,8 @@ class RoundTrace:
     contributions: frozenset[str]
     """Those with a verdict, good or bad."""
     drafts: tuple[Draft, ...] = ()
+    ended: bool = False
+    """It was rejected or cancelled, as its own record says."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,10 @@ def _removal(stored: StoredObject, why: Why) -> Removal:
 
 
 def _has_ended(name: str, trace: RoundTrace, models: Mapping[str, ModelHistory]) -> bool:
-    """The round made a version that the pointer has reached; or another one was faster, then it never can."""
+    """The round was rejected or cancelled, or made a version that the pointer has reached; or another one was faster,
+    then it never can."""
+    if trace.ended:
+        return True
     history = models.get(trace.model)
     if history is None:
         return False

@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from aggregator.keeprules import ModelHistory
 from aggregator.retention import Draft, Inventory, RoundTrace
 from rankup.errors import IntegrityError, NotFoundError
-from rankup.records import Manifest, Receipt, RoundRecord
+from rankup.protocol import RoundState
+from rankup.records import Manifest, Receipt, RoundEnd, RoundRecord
 from rankup.retained import parts_of
 from rankup.store import Store, StoredObject
 from rankup.versions import (
@@ -34,11 +35,13 @@ from rankup.versions import (
     pointer_key,
     receipt_key,
     require_asked,
+    round_end_key,
     round_key,
 )
 
 MAX_ROUND_BYTES: Final = 256 * 1024**2
 MAX_RECEIPT_BYTES: Final = 256 * 1024
+MAX_END_BYTES: Final = 64 * 1024
 _PIECE_BYTES: Final = 8 * 1024**2
 
 _NAME = r"([a-z0-9][a-z0-9._-]{0,63})"
@@ -193,6 +196,7 @@ class _Reading:
 
     def _rounds(self) -> dict[str, RoundTrace]:
         receipts, drafts = self._by_name("receipt"), self._by_name("draft")
+        over = {match[1] for match, _ in self._found["end"] if self._came_to_nothing(match[1])}
         rounds: dict[str, RoundTrace] = {}
         for match, _ in self._found["round"]:
             name = match[1]
@@ -207,11 +211,22 @@ class _Reading:
                 shards=frozenset(ref.sha256 for ref in record.shards),
                 contributions=frozenset(found[2] for found, _ in receipts.pop(name, ())),
                 drafts=tuple(Draft(each, frozenset(self._digests_in(each))) for _, each in drafts.pop(name, ())),
+                ended=name in over,
             )
         # Of rounds that nobody knows: what they name stays.
         self._named.update(found[2] for left in receipts.values() for found, _ in left)
         self._named.update(digest for left in drafts.values() for _, each in left for digest in self._digests_in(each))
         return rounds
+
+    def _came_to_nothing(self, name: str) -> bool:
+        """The round was rejected or cancelled. Of one that made a version the pointer tells."""
+        try:
+            end = RoundEnd.model_validate_json(self._store.get(round_end_key(name), max_bytes=MAX_END_BYTES))
+        except ValidationError as exc:
+            raise IntegrityError(f"the ending of round {name} cannot be read") from exc
+        if end.round_id != name:
+            raise IntegrityError(f"the ending of round {name} names {end.round_id}")
+        return end.state is not RoundState.PUBLISHED
 
     def _by_name(self, kind: str) -> dict[str, list[tuple[re.Match[str], StoredObject]]]:
         grouped: dict[str, list[tuple[re.Match[str], StoredObject]]] = defaultdict(list)

@@ -130,10 +130,19 @@ def gpu_share() -> float:
 # -- admission ---------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4)
+def _record_of(store_wire: str, round_id: str) -> RoundRecord:
+    """Read once in a worker process: it names every shard of the round, too much to travel along with each delta."""
+    record = stored_round(store_from_wire(store_wire), round_id)
+    if record is None:
+        raise NotFoundError(f"object storage has no record of round {round_id}")
+    return record
+
+
 @_logged
 def _admit(
     store_wire: str,
-    record: RoundRecord,
+    round_id: str,
     submission: Submission,
     max_delta_bytes: int,
     now: float,
@@ -142,8 +151,8 @@ def _admit(
     folder: Path,
 ) -> Receipt:
     """`trained_in` and `retrain` are given where the delta is to be audited: the round that it was trained for, earlier
-    than `record` where it is late, and the version that it was trained on."""
-    store = store_from_wire(store_wire)
+    than `round_id` where it is late, and the version that it was trained on."""
+    store, record = store_from_wire(store_wire), _record_of(store_wire, round_id)
     audit = None
     if trained_in is not None and retrain is not None:
         audit = partial(_audit, store, *trained_in, submission, retrain, folder)

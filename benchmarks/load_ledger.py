@@ -50,7 +50,15 @@ def _valkey_pid() -> int:
 def record_of(shards: int) -> RoundRecord:
     return RoundRecord(
         round_id="drained-r0001-0a1b2c",
-        request=RoundRequest(model="drained", dataset="made-up", shards=shards, lease_s=86_400, deadline_s=86_400 * 7),
+        request=RoundRequest(
+            model="drained",
+            dataset="made-up",
+            shards=shards,
+            max_shards_per_lease=1,
+            copies=1,
+            lease_s=86_400,
+            deadline_s=86_400 * 7,
+        ),
         index=0,
         base_version=0,
         base_manifest="0" * 64,
@@ -80,6 +88,7 @@ def submission_of(lease: Lease) -> Submission:
         worker_id=lease.worker_id,
         worker_name="volunteer",
         shard=lease.shard,
+        shards=lease.shards,
         submitted_at=time.time(),
     )
 

@@ -29,9 +29,9 @@ class Scale:
     live_s: float = 240.0
     lease_s: float = 1_200.0
     """How long a volunteer trains for one lease."""
-    crowd: int = 1_000
+    crowd: int = 500
     """Volunteers of the part that looks for the rate that breaks a server."""
-    step_s: float = 15.0
+    step_s: float = 10.0
     rates: tuple[float, ...] = (50, 75, 100, 150, 200, 300, 400, 600, 800, 1200, 1600)
     shards: int = 100_000
     claimers: int = 64

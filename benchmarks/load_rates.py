@@ -34,8 +34,7 @@ class Way:
 
 
 WAYS: Final = (
-    Way("Serve as `rankup up` starts it", {}),
-    Way("Serve, Python proxy", {THROUGHPUT: "0", HA_PROXY: "0"}),
+    Way("Serve as `rankup up` starts it: Python proxy", {}),
     Way("Serve, throughput mode", {THROUGHPUT: "1", HA_PROXY: "0"}),
     Way("Serve, HAProxy", {THROUGHPUT: "0", HA_PROXY: "1"}),
     Way("Serve, HAProxy, throughput mode", {THROUGHPUT: "1", HA_PROXY: "1"}),

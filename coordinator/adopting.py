@@ -20,7 +20,7 @@ from coordinator import ledger_keys as keys
 from coordinator.leases import Lease
 from coordinator.ledger import Ledger
 from coordinator.valkey import ATTEMPTS, back_off, lost_every_race
-from rankup.errors import BusyError, NotFoundError
+from rankup.errors import NotFoundError, NotYetError
 from rankup.protocol import LeaseState, RoundState
 
 RESTORING_RETRY_S: Final = 15.0
@@ -33,7 +33,7 @@ async def adopt(ledger: Ledger, lease: Lease, now: float) -> Lease:
         NotFoundError: no such round.
         StateError: its round takes no more deltas and no other one takes its late ones, or another delta of its shards
             was accepted.
-        BusyError: its round is being restored.
+        NotYetError: its round is being restored.
     """
     lease_key, home = keys.lease_key(lease.lease_id), keys.round_key(lease.round_id)
     shards = [str(number) for number in lease.numbers]
@@ -87,9 +87,9 @@ async def adopt(ledger: Ledger, lease: Lease, now: float) -> Lease:
     raise lost_every_race(f"lease {lease.lease_id}")
 
 
-def being_restored(round_id: str) -> BusyError:
+def being_restored(round_id: str) -> NotYetError:
     """Nothing can be said of its leases yet."""
-    return BusyError(
+    return NotYetError(
         f"round {round_id} is being restored",
         remedy="Keep what was trained and bring the voucher again in a moment.",
         retry_after_s=RESTORING_RETRY_S,

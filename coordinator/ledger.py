@@ -34,7 +34,7 @@ from coordinator.pace import mean_speed
 from coordinator.people import People
 from coordinator.rounds import owed
 from coordinator.valkey import ATTEMPTS, Valkey, back_off, lost_every_race
-from rankup.errors import BusyError, DeniedError, InputError, NotFoundError
+from rankup.errors import DeniedError, InputError, NotFoundError, NotYetError
 from rankup.protocol import Heartbeat, LeaseState, RoundState
 from rankup.records import Receipt, RoundRecord, Submission
 
@@ -91,7 +91,7 @@ class Ledger(RoundLedger):
         """Whether a later round takes the delta of a lease whose round has ended.
 
         Raises:
-            BusyError: not yet.
+            NotYetError: not yet.
         """
         record = await self.record(lease.home)
         taker, soon = await self._taker(lease.home, record.base_manifest)
@@ -176,8 +176,8 @@ class Ledger(RoundLedger):
             InputError: the submission is about another lease, round, shards or rank.
             StateError: the lease has handed in another delta, another delta of its shards was accepted, or no round
                 takes it any more.
-            BusyError: the server has not written it to its disk in time, or the round that takes it is not open yet:
-                repeat.
+            BusyError: the server has not written it to its disk in time: repeat.
+            NotYetError: the round that takes it is not open yet.
         """
         statement = submission.statement
 
@@ -335,8 +335,8 @@ def _check_owner(lease: Lease, worker_id: str) -> None:
         raise DeniedError(f"lease {lease.lease_id} belongs to another worker", remedy="Claim a lease of your own.")
 
 
-def _not_yet(lease: Lease) -> BusyError:
-    return BusyError(
+def _not_yet(lease: Lease) -> NotYetError:
+    return NotYetError(
         f"round {lease.home} takes no more deltas; the round after it takes late ones, and is not open yet",
         remedy="Keep the delta and hand it in again in a moment.",
         retry_after_s=TAKER_RETRY_S,

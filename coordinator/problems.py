@@ -30,6 +30,7 @@ from rankup.errors import (
     InputError,
     IntegrityError,
     NotFoundError,
+    NotYetError,
     RankupError,
     RetryableError,
     UnauthenticatedError,
@@ -101,7 +102,9 @@ def from_error(error: RankupError) -> Response:
         )
     detail, remedy = error.cause, error.remedy
     retry_after_s: float | None = None
-    if isinstance(error, RetryableError) and not isinstance(error, ConflictError):
+    if isinstance(error, NotYetError):
+        retry_after_s = error.retry_after_s
+    elif isinstance(error, RetryableError) and not isinstance(error, ConflictError):
         # The cause and the remedy are for who runs the servers behind the gateway: into the log with them.
         log.warning("request_failed", code=error.code, cause=error.cause, remedy=error.remedy)
         busy = isinstance(error, BusyError)
@@ -182,6 +185,7 @@ async def _on_http_exception(_: Request, error: Exception) -> Response:
 _TITLES = {
     "unreachable": "A server does not answer",
     "busy": "Too much at once",
+    "not-yet": "Not yet",
     "conflict": "Somebody else was first",
     "bad-input": "The request is wrong",
     "bad-delta": "The delta is wrong",

@@ -12,7 +12,8 @@ What always holds:
 - a ledger with rounds in it is refused; one in which a restore was cut off is begun anew;
 - nothing is granted and nothing driven before all of it is there: rounds are drafts until the last step, and whoever
   restores at the same time loses as soon as somebody else begins;
-- fences are far above all that were ever granted. Leases without a delta are gone: who trains one is told so;
+- fences are far above all that were ever granted. Leases without a delta are gone until their workers bring the
+  vouchers (`coordinator.adopting`);
 - what was handed in and not judged is queued again. Tokens are gone: workers enrol again by themselves;
 - in memory is one round at a time, and Valkey holds more of it than this process.
 

@@ -46,6 +46,7 @@ AT_ONCE: Final = 64
 SPAN: Final = 1000
 """Shards that are named in one write."""
 FENCE_STEP: Final = 2**20
+"""Above what is known of a shard; and above the milliseconds of the clock, for what an earlier restore began with."""
 REBUILDING: Final = keys.PREFIX + "rebuilding"
 """The mark of the restore that is under way, or was cut off."""
 _BEGUN: Final = ("rounds", "rounds:open", "rounds:unfinished", "digests", "live", "idle", "board")
@@ -162,7 +163,7 @@ class Restore:
         judged = {one.submission.statement.lease_id for one in receipts}
         for waiting in _batches(await asyncio.to_thread(self._unjudged, trace, judged), BATCH):
             await self._commit([row for one in waiting for row in self._queue(trace, record, one, shards)])
-        for row in shards.rest(trace, len(record.shards)):
+        for row in shards.rest(trace, len(record.shards), self._now):
             await self._commit([row])
         state = trace.facts.state
         self._done.rounds[state.value] = self._done.rounds.get(state.value, 0) + 1
@@ -321,7 +322,7 @@ class _Shards:
     def taken_by(self, lease: Lease) -> str | None:
         return next((self._taken[lease.home, n] for n in lease.numbers if (lease.home, n) in self._taken), None)
 
-    def rest(self, trace: Trace, count: int) -> Iterator[keys.Row]:
+    def rest(self, trace: Trace, count: int, now: float) -> Iterator[keys.Row]:
         """Writes that make every other shard free, and fence off what was granted and is forgotten."""
         round_id, over = trace.round_id, trace.facts.state.ended
         # Nobody asks for the shards of a round that has ended: those that nobody touched stay unnamed.
@@ -330,7 +331,10 @@ class _Shards:
         free = [str(shard) for shard in range(known) if shard not in settled]
         for names in _batches(free, SPAN):
             yield ["ZADD", keys.round_key(round_id, "free"), *(word for name in names for word in (name, name))]
-        fences = {shard: FENCE_STEP + self._fences.get(shard, 0) for shard in (() if over else range(known))}
+        at_least = FENCE_STEP + int(now * 1000)
+        fences = {
+            shard: max(at_least, FENCE_STEP + self._fences.get(shard, 0)) for shard in (() if over else range(known))
+        }
         for pairs in _batches(fences.items(), SPAN):
             yield ["HSET", keys.round_key(round_id, "fences"), *(str(word) for pair in pairs for word in pair)]
         yield ["HSET", keys.round_key(round_id), "next", str(known)]

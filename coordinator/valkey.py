@@ -92,6 +92,7 @@ class Valkey:
                 socket_timeout=settings.timeout_s,
                 socket_connect_timeout=settings.timeout_s,
                 decode_responses=True,
+                protocol=3,  # What callers get must not depend on a default: scores come as pairs, hashes as dicts.
                 retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
                 # Left to itself every new connection looks up the version of the client library on disk.
                 driver_info=_DRIVER,

@@ -4,6 +4,7 @@
     ├── RetryableError              trying the same thing again later may work          exit 75
     │   ├── UnreachableError        a server (gateway, S3, Valkey) does not answer
     │   ├── BusyError               the server answers, but asks to come back later
+    │   │   └── NotYetError         what is asked for will be possible soon, for a reason that anybody may read
     │   └── ConflictError           somebody else moved the pointer or the record first
     └── FatalError                  the same call will fail again                       exit 1
         ├── InputError              what the user or a client sent is wrong             exit 2
@@ -64,6 +65,12 @@ class BusyError(RetryableError):
     def __init__(self, cause: str, *, remedy: str | None = None, retry_after_s: float = 30.0) -> None:
         super().__init__(cause, remedy=remedy)
         self.retry_after_s = retry_after_s
+
+
+class NotYetError(BusyError):
+    """What is asked for will be possible soon; unlike that of other busy servers, the cause is for who asks."""
+
+    code = "not-yet"
 
 
 class ConflictError(RetryableError):

@@ -25,8 +25,8 @@ def error_of(status: int, body: bytes, *, where: str) -> RankupError:
             return RetryableError(cause)
         return InputError(cause, remedy="Check the URL and that client and server are of matching versions.")
     kind = _by_code().get(problem.type.rsplit("/", 1)[-1])
-    if kind is BusyError:
-        return BusyError(problem.detail, remedy=problem.remedy, retry_after_s=problem.retry_after_s or 30.0)
+    if kind is not None and issubclass(kind, BusyError):
+        return kind(problem.detail, remedy=problem.remedy, retry_after_s=problem.retry_after_s or 30.0)
     if kind is None:
         kind = RetryableError if status >= 500 or status == 429 else FatalError
     return kind(problem.detail, remedy=problem.remedy)

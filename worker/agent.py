@@ -1,7 +1,7 @@
 """The worker's main loop: one machine, one server, one lease at a time, until it is told to stop.
 
     settle   governor (limits, readings, orders), control socket, journal; what an earlier run left is looked through
-    join     key and token from the home folder, or enrol; pin the publisher key; same protocol or no work at all
+    join     `worker.membership`: key and token from the home folder, or enrol; same protocol or no work at all
     deliver  whatever the outbox still holds from before, first
     go on    with a training that an earlier run left a checkpoint of, if its lease is still of use
     claim    ── paused: wait, without a lease
@@ -17,6 +17,7 @@ What always holds (the protocol's invariants first):
 - at most one delta a lease is submitted, signed by the key that enrolled;
 - finished work is never dropped but by a fatal answer of the server: outages, Ctrl-C and crashes leave it in the
   outbox, and the next run delivers it first;
+- a server that lost its data is shown the lease's voucher (`worker.vouching`), by heartbeat, delivery and a new start;
 - training goes on while the server is away; waiting is jittered, told as `Waiting`, and ends after `patience_s`;
 - whatever ends a run, the trainer is gone when `run` returns, and an unfinished lease has been returned if the server
   could be reached; where it was not returned, because of that or because the caller wants to go on with it, the
@@ -35,9 +36,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import TypeVar
 
-from rankup import signing
 from rankup.errors import (
     DeniedError,
     DiskFullError,
@@ -49,18 +48,14 @@ from rankup.errors import (
     StateError,
     UnauthenticatedError,
 )
-from rankup.message import DisplayName, PublicKey, TeamName
+from rankup.message import DisplayName, TeamName
 from rankup.protocol import (
     ClaimRequest,
-    EnrolRequest,
-    EnrolStatement,
     Heartbeat,
     LeaseGrant,
     ReturnRequest,
-    Standing,
 )
 from rankup.settings import WorkerSettings
-from rankup.sources import GatewaySource
 from worker import device, identity
 from worker.base import PullBase, pull_base
 from worker.checkpoint import checkpoint_progress
@@ -71,7 +66,6 @@ from worker.disk import full_disk_means_disk_full
 from worker.events import (
     Abandoned,
     Claimed,
-    Enrolled,
     Kept,
     NoWork,
     Paused,
@@ -86,14 +80,15 @@ from worker.heart import Heart
 from worker.journal import Journal
 from worker.leasework import Lease, LeaseOverError, LeaseWork, PausedTooLongError, kept_grants, lease_folder
 from worker.leaves import public_reason
+from worker.membership import Membership
 from worker.outbox import Outbox, OutboxState
-from worker.publisher import key_follows
 from worker.readings import Machine, Sense
 from worker.retry import RetryPolicy
 from worker.status import Board, Status
 from worker.tally import Tally
 from worker.traffic import Traffic
 from worker.training import TRAINER_COMMAND
+from worker.vouching import with_voucher
 
 MAX_FAILURES_IN_A_ROW = 3
 _LAST_WORDS_TIMEOUT_S = 10.0
@@ -101,9 +96,6 @@ _VERDICT_LOOK_S = 0.5
 _PAUSE_LOOK_S = 0.2
 _STOPPED = "the volunteer stopped the worker"
 _LEFT = "the volunteer left"
-
-
-T = TypeVar("T")
 
 
 def run(
@@ -209,7 +201,7 @@ def _obey(request: Request, stop: threading.Event, governor: Governor, status: C
 
 
 class _Agent:
-    """State of one run: clients, identity, delivery, and how many leases failed in a row."""
+    """State of one run: clients, membership, delivery, and how many leases failed in a row."""
 
     def __init__(
         self,
@@ -229,9 +221,6 @@ class _Agent:
         keep_lease: Callable[[], bool],
     ) -> None:
         self._server = server
-        self._invite = invite
-        self._name = name
-        self._team = team
         self._settings = settings
         self._stop = stop
         self._report = tally
@@ -240,12 +229,8 @@ class _Agent:
         self._governor = governor
         self._keep_lease = keep_lease
         self._failures = 0
-        self._key = identity.load_or_create_key(folder)
-        self._pinned = identity.load_identity(folder)
-        token = self._pinned.token if self._pinned else ""
         self._patient = GatewayClient(
             server,
-            token=token,
             timeout_s=settings.timeout_s,
             policy=RetryPolicy(settings.patience_s),
             stop=stop,
@@ -255,11 +240,23 @@ class _Agent:
         # Not bound to `stop`: it says the last words about a lease after the user has asked to stop.
         self._steady = GatewayClient(
             server,
-            token=token,
             timeout_s=min(settings.timeout_s, _LAST_WORDS_TIMEOUT_S),
             policy=RetryPolicy(patience_s=0.0),
         )
-        self._delivery = Delivery(outbox, self._key, patient=self._patient, steady=self._steady, report=tally)
+        self._membership = Membership(
+            server,
+            settings,
+            folder,
+            invite=invite,
+            name=name,
+            team=team,
+            patient=self._patient,
+            steady=self._steady,
+            report=tally,
+        )
+        self._delivery = Delivery(
+            outbox, self._membership.key, patient=self._patient, steady=self._steady, report=tally
+        )
         self._leases = LeaseWork(
             server,
             settings,
@@ -284,7 +281,7 @@ class _Agent:
 
         Ends with `StopRequested` on stop.
         """
-        self._join()
+        self._membership.join()
         leases = 0
         kept = kept_grants(self._folder)
         while True:
@@ -298,7 +295,7 @@ class _Agent:
             if held is not None:
                 self._sit_out(held)
                 continue
-            answer = self._with_token(lambda: self._patient.claim(self._wishes()))
+            answer = self._membership.with_token(lambda: self._patient.claim(self._wishes()))
             if answer.lease is None:
                 self._report(NoWork(answer.reason, answer.retry_after_s, answer.why))
                 self._rest(answer.retry_after_s * random.uniform(1.0, 1.25))  # noqa: S311 - jitter, not a secret
@@ -317,8 +314,13 @@ class _Agent:
     def _deliver(self) -> None:
         """Upload and submit what is ready, if anything may be uploaded now, and ask for verdicts."""
         if self._governor.transfer_hold() is None:
-            self._with_token(self._delivery.deliver)
-        self._delivery.ask_verdicts()
+            self._membership.with_token(self._delivery.deliver)
+        self._ask_verdicts()
+
+    def _ask_verdicts(self) -> None:
+        """Without waiting for a server that is away, or that lets nobody in just now."""
+        with suppress(RetryableError, UnauthenticatedError):
+            self._membership.with_token_if_possible(self._delivery.ask_verdicts)
 
     def _sit_out(self, reason: str) -> None:
         """Return when a lease may be claimed, or a finished delta may be delivered, or the owner wants no more."""
@@ -341,71 +343,11 @@ class _Agent:
         until = time.monotonic() + seconds
         while self._delivery.awaits_verdicts() and time.monotonic() < until:
             self._wait(_VERDICT_LOOK_S)
-            self._delivery.ask_verdicts()
+            self._ask_verdicts()
 
     def _wait(self, seconds: float) -> None:
         if self._stop.wait(max(0.0, seconds)):
             raise StopRequested
-
-    # -- joining -----------------------------------------------------------------------------------------------------
-
-    def _join(self) -> None:
-        info = self._patient.info()
-        self._require_publisher(info.publisher_key, info.models)
-        known = self._pinned
-        renamed = known is not None and (self._name or known.name, self._chosen_team()) != (known.name, known.team)
-        if known is None or renamed:
-            self._enrol()
-        else:
-            self._report(Enrolled(known.worker_id, known.name, self._server, new=False))
-
-    def _require_publisher(self, shown: PublicKey, models: Sequence[str]) -> None:
-        """Follow a change of the publisher's key that the pinned one has signed; raise IntegrityError for any other."""
-        pinned = self._pinned
-        if pinned is not None and pinned.publisher_key != shown:
-            with GatewaySource(self._server) as source:
-                if key_follows(source, models, pinned=pinned.publisher_key, shown=shown):
-                    self._pinned = identity.pin(self._folder, pinned, shown)
-        identity.check_publisher(self._pinned, shown)
-
-    def _chosen_team(self) -> str:
-        """What the owner says now, else what they said the last time; empty: no team."""
-        return self._team if self._team is not None else self._pinned.team if self._pinned else ""
-
-    def _enrol(self) -> identity.Identity:
-        public_key = signing.public_key_hex(self._key)
-        name = self._name or (self._pinned.name if self._pinned else f"volunteer-{public_key[:6]}")
-        statement = EnrolStatement(
-            public_key=public_key,
-            name=name,
-            invite=self._invite,
-            team=self._chosen_team(),
-            device=device.profile(self._settings.device, self._settings.threads),
-            issued_at=time.time(),
-        )
-        signature = signing.sign(self._key, "enrol", statement)
-        answer = self._patient.enrol(EnrolRequest(statement=statement, signature=signature))
-        if answer.standing is Standing.BANNED:
-            raise DeniedError(
-                f"{self._server} takes no more work of this machine ({answer.worker_id})",
-                remedy="Ask the organiser why; `rankup worker logs` shows what was handed in.",
-            )
-        if self._pinned is not None and self._pinned.publisher_key != answer.publisher_key:
-            self._require_publisher(answer.publisher_key, self._patient.info().models)
-        self._pinned = identity.save_identity(self._folder, self._server, statement.name, answer, team=statement.team)
-        for client in (self._patient, self._steady):
-            client.use_token(answer.token)
-        waiting = answer.standing is Standing.WAITING
-        self._report(Enrolled(answer.worker_id, statement.name, self._server, new=True, waiting=waiting))
-        return self._pinned
-
-    def _with_token(self, call: Callable[[], T]) -> T:
-        """The call's result; when the server does not know the token any more, enrol again and repeat once."""
-        try:
-            return call()
-        except UnauthenticatedError:
-            self._enrol()
-            return call()
 
     # -- one lease ---------------------------------------------------------------------------------------------------
 
@@ -414,7 +356,11 @@ class _Agent:
         step, _ = checkpoint_progress(self._folder.jobs / grant.lease_id / "checkpoint")
         beat = Heartbeat(fence=grant.fence, step=step)
         try:
-            answer = self._with_token(lambda: self._patient.heartbeat(grant.lease_id, beat))
+            answer = self._membership.with_token(
+                lambda: with_voucher(
+                    self._patient, grant.lease_id, grant.voucher, lambda: self._patient.heartbeat(grant.lease_id, beat)
+                )
+            )
             useful, reason = answer.go_on, answer.reason
         except FatalError as exc:
             useful, reason = False, exc.cause
@@ -427,8 +373,6 @@ class _Agent:
 
     def _work_on(self, grant: LeaseGrant) -> None:
         """Train and deliver one lease, or end it; raises only what ends the run."""
-        if self._pinned is None:
-            raise SetupError("the worker has not enrolled")
         self._report(
             Claimed(
                 grant.lease_id,
@@ -442,11 +386,17 @@ class _Agent:
         )
         with (
             lease_folder(self._folder, grant) as lease,
-            Heart(self._steady, grant, self._report, self._delivery.ask_verdicts) as heart,
+            Heart(
+                self._steady,
+                grant,
+                self._report,
+                self._ask_verdicts,
+                with_token=self._membership.with_token_if_possible,
+            ) as heart,
         ):
             try:
                 with full_disk_means_disk_full(self._settings.home):
-                    self._leases.train(lease, heart, self._pinned.publisher_key)
+                    self._leases.train(lease, heart, self._membership.publisher_key)
             except LeaseOverError as exc:
                 self._report(Abandoned(grant.lease_id, str(exc), returned=False))
                 return

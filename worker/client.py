@@ -4,8 +4,8 @@ What always holds:
 - a call returns a parsed answer or raises a `RankupError`; nothing of the HTTP library comes out;
 - what may be cured by waiting (no answer, 429, 5xx, an answer that is not the gateway's) is tried again under
   `RetryPolicy`; what may not (a problem document that names a fatal error) is raised at once. All calls may be
-  repeated: enrolling, beating, returning and submitting are idempotent, and a claim whose answer was lost only leaves
-  a lease that runs out;
+  repeated: enrolling, beating, restoring, returning and submitting are idempotent, and a claim whose answer was lost
+  only leaves a lease that runs out;
 - the token goes to the gateway's calls only, never along with the bytes: links and tickets carry their own permission,
   and where they are relative, they are relative to the gateway's address;
 - downloads stop at the announced size and are kept only with the announced hash.
@@ -49,6 +49,7 @@ from rankup.protocol import (
     Heartbeat,
     HeartbeatAnswer,
     LeaseView,
+    RestoreRequest,
     ReturnRequest,
     ServerInfo,
     SubmitRequest,
@@ -179,6 +180,9 @@ class GatewayClient:
 
     def give_back(self, lease_id: str, request: ReturnRequest, *, policy: RetryPolicy | None = None) -> LeaseView:
         return self._call("POST", f"/v1/leases/{lease_id}/return", request, LeaseView, policy)
+
+    def restore(self, lease_id: str, request: RestoreRequest, *, policy: RetryPolicy | None = None) -> LeaseView:
+        return self._call("POST", f"/v1/leases/{lease_id}/restore", request, LeaseView, policy)
 
     def upload_ticket(
         self, lease_id: str, request: UploadRequest, *, policy: RetryPolicy | None = None

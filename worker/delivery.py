@@ -3,7 +3,8 @@
 What always holds:
 - every step may be cut off and repeated: the object store takes the same bytes twice, submitting twice is one
   submission, and the outbox moves only after the server has acknowledged;
-- a delta leaves the outbox by a verdict or by a fatal answer of the server, never because a server was away;
+- a delta leaves the outbox by a verdict or by a fatal answer of the server, never because a server was away, or forgot
+  a lease whose voucher is here;
 - asking for verdicts never waits for a server that does not answer.
 """
 
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from rankup import signing
 from rankup.errors import FatalError, NotFoundError, RankupError, RetryableError, UnauthenticatedError
@@ -22,6 +24,7 @@ from worker.events import Dropped, Submitted, Uploading, Verdict, WorkerEvent
 from worker.leaves import public_reason
 from worker.outbox import Outbox, OutboxItem, OutboxState
 from worker.retry import RetryPolicy
+from worker.vouching import with_voucher
 
 _ONCE = RetryPolicy(patience_s=0.0)
 _LONGEST_WAIT_FOR_VERDICT_S = 30 * 86_400.0
@@ -63,15 +66,20 @@ class Delivery:
                 self._drop(item, exc)
 
     def ask_verdicts(self) -> None:
-        """Ask once about every submitted delta and record the verdicts; a server that is away is asked another time."""
+        """Ask once about every submitted delta and record the verdicts; a server that is away is asked another time.
+
+        Raises `UnauthenticatedError`: enrol again, then repeat.
+        """
         if not self._one_asker.acquire(blocking=False):
             return
         try:
             for item in self._outbox.items(OutboxState.SUBMITTED):
                 try:
                     self._ask_verdict(item)
-                except (RetryableError, UnauthenticatedError):
+                except RetryableError:
                     return
+                except UnauthenticatedError:
+                    raise
                 except FatalError as exc:
                     self._drop(item, exc)
         finally:
@@ -93,6 +101,12 @@ class Delivery:
         statement = item.statement
         if not item.path.is_file():
             raise NotFoundError(f"the delta file of lease {item.lease_id} is gone from the outbox")
+        with_voucher(self._patient, item.lease_id, item.voucher, lambda: self._hand_in(item))
+        self._outbox.move(item.lease_id, OutboxState.SUBMITTED)
+        self._report(Submitted(item.lease_id, statement.sha256, statement.tokens))
+
+    def _hand_in(self, item: OutboxItem) -> None:
+        statement = item.statement
         request = UploadRequest(fence=statement.fence, sha256=statement.sha256, size_bytes=statement.size_bytes)
         self._patient.upload(
             item.lease_id,
@@ -102,11 +116,10 @@ class Delivery:
         )
         signature = signing.sign(self._key, "submit", statement)
         self._patient.submit(item.lease_id, SubmitRequest(statement=statement, signature=signature))
-        self._outbox.move(item.lease_id, OutboxState.SUBMITTED)
-        self._report(Submitted(item.lease_id, statement.sha256, statement.tokens))
 
     def _ask_verdict(self, item: OutboxItem) -> None:
-        view = self._steady.lease(item.lease_id, policy=_ONCE)
+        ask = partial(self._steady.lease, item.lease_id, policy=_ONCE)
+        view = with_voucher(self._steady, item.lease_id, item.voucher, ask, policy=_ONCE)
         if view.state in (LeaseState.ACCEPTED, LeaseState.REJECTED):
             accepted = view.state is LeaseState.ACCEPTED
             state = OutboxState.ACCEPTED if accepted else OutboxState.REJECTED

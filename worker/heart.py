@@ -1,28 +1,34 @@
 """The heartbeat of one lease, in a thread: tells the server how far training is, hears whether to go on.
 
 What always holds: a beat that fails because the server is away changes nothing (training goes on, the lease may even
-expire: a late delta is still welcome); only an answer from the server ends the lease; the pause between beats is what
-the server asked for last. The thread is gone when the `with` block is left.
+expire: a late delta is still welcome), and so does a server that forgot token or lease: the machine enrols again and
+shows the voucher. Only an answer from the server ends the lease; the pause between beats is what the server asked for
+last. The thread is gone when the `with` block is left.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 
 from rankup.errors import FatalError, RankupError, RetryableError, UnauthenticatedError
-from rankup.protocol import Heartbeat, LeaseGrant
+from rankup.protocol import Heartbeat, HeartbeatAnswer, LeaseGrant
 from worker.client import GatewayClient
 from worker.events import Problem, Waiting, WorkerEvent
 from worker.retry import RetryPolicy
+from worker.vouching import with_voucher
 
 _ONCE = RetryPolicy(patience_s=0.0)
 _SHORTEST_PAUSE_S = 0.05
 
 
 class Heart:
-    """Beats for `grant` from entering the `with` block to leaving it. `after_beat` runs in the same thread."""
+    """Beats for `grant` from entering the `with` block to leaving it. `after_beat` runs in the same thread.
+
+    `with_token` makes a call, and once more with a new token where the server did not know the old one.
+    """
 
     def __init__(
         self,
@@ -30,11 +36,14 @@ class Heart:
         grant: LeaseGrant,
         report: Callable[[WorkerEvent], None],
         after_beat: Callable[[], None],
+        *,
+        with_token: Callable[[Callable[[], HeartbeatAnswer]], HeartbeatAnswer],
     ) -> None:
         self._client = client
         self._grant = grant
         self._report = report
         self._after_beat = after_beat
+        self._with_token = with_token
         self._beat = Heartbeat(fence=grant.fence)
         self._pause_s = grant.heartbeat_s
         self._over = threading.Event()
@@ -60,15 +69,20 @@ class Heart:
         self._over.set()
         self._thread.join()
 
+    def _say(self) -> HeartbeatAnswer:
+        lease_id, voucher = self._grant.lease_id, self._grant.voucher
+        beat = partial(self._client.heartbeat, lease_id, self._beat, policy=_ONCE)
+        return with_voucher(self._client, lease_id, voucher, beat, policy=_ONCE)
+
     def _run(self) -> None:
         while not self._over.wait(max(self._pause_s, _SHORTEST_PAUSE_S)) and self._abandon is None:
             try:
-                answer = self._client.heartbeat(self._grant.lease_id, self._beat, policy=_ONCE)
+                answer = self._with_token(self._say)
             except RetryableError as exc:
                 self._report(Waiting(f"{exc.cause}; training goes on", self._pause_s))
                 continue
             except UnauthenticatedError:
-                continue  # the server forgot the token; the agent enrols again when it delivers
+                continue  # the server knows neither token nor machine just now; the delivery will see
             except FatalError as exc:
                 self._abandon = exc.cause
                 return

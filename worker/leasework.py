@@ -152,7 +152,7 @@ class LeaseWork:
                 self._sit_out(lease, heart, str(exc))
             else:
                 check_result(job, result, max_bytes=lease.grant.max_delta_bytes)
-                self._outbox.put(result.path, _statement(job, result))
+                self._outbox.put(result.path, _statement(job, result), lease.grant.voucher)
                 return
 
     # -- before ------------------------------------------------------------------------------------------------------

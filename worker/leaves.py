@@ -48,6 +48,7 @@ LEAVING: tuple[Leaving, ...] = (
     Leaving(_CLAIM, "memory_bytes", "free memory of the card, or of the machine, at that moment", "which round fits"),
     Leaving(_CLAIM, "available_s", "seconds until your hours end, if you set hours", "how many shards fit"),
     Leaving(_WORK, "lease_id, fence", "which lease is meant; in every message about it", "two holders of one shard"),
+    Leaving(_WORK, "voucher", "what the server gave with the lease, sent back when it has lost its data", "your work"),
     Leaving(_WORK, "step", "optimiser steps done, every few seconds, also while paused", "progress of the round"),
     Leaving(_WORK, "loss", "of the last step", "progress of the round"),
     Leaving(_WORK, "tokens_per_s", "of the last steps", "progress of the round"),

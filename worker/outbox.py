@@ -32,6 +32,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS deltas (
     lease_id   TEXT PRIMARY KEY,
     statement  TEXT NOT NULL,
+    voucher    TEXT NOT NULL,
     state      TEXT NOT NULL,
     reason     TEXT NOT NULL DEFAULT '',
     created_at REAL NOT NULL,
@@ -71,6 +72,8 @@ class OutboxItem:
     state: OutboxState
     reason: str
     created_at: float
+    voucher: str = ""
+    """Of its lease; empty where its server wrote none."""
 
     @property
     def lease_id(self) -> str:
@@ -105,8 +108,9 @@ class Outbox:
         with self._lock:
             self._db.close()
 
-    def put(self, delta_file: Path, statement: SubmitStatement) -> OutboxItem:
-        """Take over `delta_file` (moved, same file system) together with what will be signed about it.
+    def put(self, delta_file: Path, statement: SubmitStatement, voucher: str = "") -> OutboxItem:
+        """Take over `delta_file` (moved, same file system) together with what will be signed about it, and the voucher
+        of its lease.
 
         A delta of the same lease that was not submitted, or was dropped, is replaced. Raises `DiskFullError`, and
         `StateError` when one has been submitted.
@@ -122,10 +126,10 @@ class Outbox:
             delta_file.replace(target)
             sync_folder(self._folder)
             self._db.execute(
-                "INSERT OR REPLACE INTO deltas VALUES (?, ?, ?, '', ?, ?)",
-                (statement.lease_id, statement.model_dump_json(), OutboxState.READY, now, now),
+                "INSERT OR REPLACE INTO deltas VALUES (?, ?, ?, ?, '', ?, ?)",
+                (statement.lease_id, statement.model_dump_json(), voucher, OutboxState.READY, now, now),
             )
-        return OutboxItem(statement, target, OutboxState.READY, "", now)
+        return OutboxItem(statement, target, OutboxState.READY, "", now, voucher)
 
     def move(self, lease_id: str, state: OutboxState, reason: str = "") -> None:
         """Record what became of a delta; the file is removed once the state has ended.
@@ -151,14 +155,16 @@ class Outbox:
         """Deltas in any of `states` (all when none is named), oldest first."""
         wanted = states or tuple(OutboxState)
         marks = ",".join("?" * len(wanted))
-        # The only thing formatted into the statement is a row of question marks.
-        query = f"SELECT statement, state, reason, created_at FROM deltas WHERE state IN ({marks}) ORDER BY created_at"  # noqa: S608
+        # All that is formatted into the statement are names of columns and a row of question marks.
+        columns = "statement, state, reason, created_at, voucher"
+        query = f"SELECT {columns} FROM deltas WHERE state IN ({marks}) ORDER BY created_at"  # noqa: S608
         with self._lock:
             rows = self._db.execute(query, wanted).fetchall()
         found = []
-        for text, state, reason, created_at in rows:
+        for text, state, reason, created_at, voucher in rows:
             statement = SubmitStatement.model_validate_json(text)
-            found.append(OutboxItem(statement, self._path(statement.lease_id), OutboxState(state), reason, created_at))
+            path = self._path(statement.lease_id)
+            found.append(OutboxItem(statement, path, OutboxState(state), reason, created_at, voucher))
         return found
 
     def _path(self, lease_id: str) -> Path:

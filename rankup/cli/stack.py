@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import shutil
 import threading
@@ -86,7 +87,7 @@ def services_at_hand() -> Iterator[Services]:
     """Those of the server that runs on this machine, else those that the settings name, else the embedded ones, which
     run within the block. Raises SetupError where only one of the two is named."""
     home = server_home()
-    if (home / SERVER_FILE).exists():
+    if _is_running(home):
         access = ServerAccess.of_this_machine()
         yield Services(access.store, access.ledger, access.publisher_key_file)
         return
@@ -101,6 +102,17 @@ def services_at_hand() -> Iterator[Services]:
     home.chmod(0o700)
     with LocalServices(home / "services") as services:
         yield Services(services.store_settings, services.ledger_settings, key_file)
+
+
+def _is_running(home: Path) -> bool:
+    """Whether the server of this state folder runs; one that was killed leaves its `server.json` behind."""
+    try:
+        os.kill(int(json.loads((home / SERVER_FILE).read_bytes())["pid"]), 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass  # It runs, as somebody else's.
+    return True
 
 
 def _external_services() -> tuple[StoreSettings, LedgerSettings] | None:
@@ -195,6 +207,7 @@ class Stack:
             "ray_address": cluster.address,
             "ray_token_file": str(token_file(self.home)),
             "publisher_key_file": str(self.settings.publisher_key_file),
+            "pid": os.getpid(),
         }
         write_file(self.home / SERVER_FILE, json.dumps(access).encode())
 

@@ -19,9 +19,9 @@ from aggregator.revoke import revoke
 from aggregator.stocktaking import read_inventory
 from rankup.errors import ConflictError, InputError, IntegrityError, NotFoundError
 from rankup.message import canonical_json
-from rankup.protocol import RoundRequest, SubmitStatement
+from rankup.protocol import RoundRequest, RoundState, SubmitStatement
 from rankup.pull import pull
-from rankup.records import BlobRef, DatasetCard, Receipt, Retained, RoundRecord, Submission
+from rankup.records import BlobRef, DatasetCard, Receipt, Retained, RoundEnd, RoundRecord, Submission
 from rankup.replay import verify_version
 from rankup.retained import lacking
 from rankup.settings import LedgerSettings, StoreSettings
@@ -38,6 +38,7 @@ from rankup.versions import (
     pointer_key,
     receipt_key,
     retained_key,
+    round_end_key,
     round_key,
     upload_key,
 )
@@ -295,6 +296,8 @@ BROKEN: dict[str, Callable[[History], None]] = {
     "the pointer names nothing": lambda history: history.point(9, digest="0" * 64),
     "a manifest cannot be read": _put(manifest_key(MODEL, 10)),
     "a round cannot be read": _put(round_key("round-1")),
+    "an ending cannot be read": _put(round_end_key("round-1")),
+    "an ending is that of another round": lambda history: add_end(history, "round-1", named="round-2"),
 }
 
 
@@ -347,6 +350,13 @@ def add_round(history: History, round_id: str, base: int, shards: tuple[BlobRef,
         opened_at=1.0,
     )
     history.store.put(round_key(round_id), canonical_json(record))
+
+
+def add_end(
+    history: History, round_id: str, state: RoundState = RoundState.CANCELLED, *, named: str | None = None
+) -> None:
+    end = RoundEnd.model_validate({"round_id": named or round_id, "state": state, "ended_at": 2.0})
+    history.store.put(round_end_key(round_id), canonical_json(end))
 
 
 def add_receipt(history: History, round_id: str, lease_id: str, data: bytes) -> BlobRef:
@@ -427,6 +437,22 @@ def test_rounds_datasets_and_uploads_keep_what_they_need(history: History) -> No
         assert holds(history, kept)
     records = (dataset_key("data"), heldout_key("data", held_out.sha256), draft_key("round-10"), *list(uploads)[1:])
     assert all(store.head(key) for key in records)
+
+
+@pytest.mark.parametrize("state", [RoundState.REJECTED, RoundState.CANCELLED, RoundState.PUBLISHED, None])
+def test_a_round_that_came_to_nothing_needs_nothing_more(history: History, state: RoundState | None) -> None:
+    """One whose record says that it made a version which the pointer does not know is another matter."""
+    shard, left = put_blob(history.store, b"shard"), put_blob(history.store, b"left by a fold")
+    add_round(history, "round-10", 9, (shard,))
+    history.store.put(draft_key("round-10"), json.dumps({"sha256": left.sha256}).encode())
+    if state is not None:
+        add_end(history, "round-10", state)
+    why = {one.key: one.why for one in run(history).plan.removals}
+    found = [why.get(key) for key in (draft_key("round-10"), blob_key(left.sha256), blob_key(shard.sha256))]
+    over = ["draft of a round that has ended", "named by no record", "shard of a dataset that was replaced"]
+    assert found == (over if state in (RoundState.REJECTED, RoundState.CANCELLED) else [None] * 3)
+    assert history.store.head(round_key("round-10"))
+    assert (history.store.head(round_end_key("round-10")) is not None) is (state is not None)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ class _Volunteer:
             last_loss=2.0,
             seconds=1.0,
         )
-        self._outbox.put(delta, statement)
+        self._outbox.put(delta, statement, lease.voucher)
 
     def _enrol(self) -> None:
         statement = EnrolStatement(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +34,15 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A server's folder with the publisher's key."""
+    """A server's folder with the publisher's key, and what a server that was killed leaves behind."""
     server = tmp_path / "home" / "server"
     server.mkdir(parents=True)
     pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     save_private_key(server / "publisher.key", KEY.private_bytes(*pem))
     (server / "secrets.json").write_text("{}")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (server / "server.json").write_text(json.dumps({"pid": gone.pid}))
     return server
 
 

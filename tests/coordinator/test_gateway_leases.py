@@ -134,7 +134,7 @@ def test_a_delta_that_comes_after_its_round_is_taken_by_the_next_one(world: Worl
     assert world.judge_all(first) == "aggregating"
     asked = {"fence": late.fence, "sha256": sha256(b"late"), "size_bytes": 4}
     ticket = world.http.post(f"/v1/leases/{late.lease_id}/upload", json=asked, headers=ada.auth)
-    assert (ticket.status_code, ticket.json()["type"].rsplit("/")[-1]) == (429, "busy")
+    assert (ticket.status_code, ticket.json()["type"].rsplit("/")[-1]) == (429, "not-yet")
     assert int(ticket.headers["retry-after"]) >= 1
     second = world.with_ledger(lambda ledger: _publish_and_go_on(world, ledger, first))
     view = world.hand_in(ada, late, b"late")

@@ -187,9 +187,9 @@ GO_ON_CASES: dict[str, tuple[Lease, dict[str, Any], bool]] = {
     "half was done, and nobody wants it": (replace(EXPIRED, step=13), {"round_state": AGGREGATING}, False),
     "another delta was accepted": (granted(), {"accepted_by": "l-2"}, False),
     "its own delta was accepted": (granted(), {"accepted_by": "l-1"}, True),
-    "somebody has a copy": (granted(), {"newest_fence": FENCE + 1}, True),
+    "somebody has a copy": (granted(), {"held": True}, True),
     "it expired": (EXPIRED, {}, True),
-    "it expired, and the shard was granted again": (EXPIRED, {"newest_fence": FENCE + 1}, False),
+    "it expired, and somebody else has the shard": (EXPIRED, {"held": True}, False),
 }
 
 
@@ -197,7 +197,7 @@ GO_ON_CASES: dict[str, tuple[Lease, dict[str, Any], bool]] = {
 def test_a_worker_goes_on_while_its_work_can_still_count(lease: Lease, around: dict[str, Any], useful: bool) -> None:
     usual: dict[str, Any] = {
         "round_state": OPEN,
-        "newest_fence": FENCE,
+        "held": False,
         "accepted_by": None,
         "steps": 25,
         "late_is_welcome": False,

@@ -61,6 +61,7 @@ KINDS = {
     ("POST", "/v1/workers/me/token"): "request",
     ("POST", "/v1/leases"): "claim",
     ("POST", "/v1/leases/l-1/heartbeat"): "heartbeat",
+    ("POST", "/v1/leases/l-1/restore"): "claim",
     ("POST", "/v1/leases/l-1/submit"): "delivery",
     ("GET", "/v1/leases/l-1"): "delivery",
     ("GET", "/v1/leaderboard"): "request",

@@ -31,6 +31,7 @@ from rankup.protocol import (
     LeaseState,
     LeaseView,
     Problem,
+    RestoreRequest,
     ReturnRequest,
     ServerInfo,
     Standing,
@@ -81,6 +82,12 @@ class FakeGateway:
         self.outage = 0
         """So many of the next requests get a bare 503."""
         self.on_beat: Callable[[], None] = lambda: None
+        self.vouchers = True
+        self.forgotten: dict[str, LeaseGrant] = {}
+        self.restored: list[str] = []
+        self.refuse_restore: list[RankupError] = []
+        """The answers to the next vouchers, first one first."""
+        self.refuse_enrol: RankupError | None = None
         self.url = ""
 
     def offer(self, *lease_ids: str) -> None:
@@ -88,6 +95,13 @@ class FakeGateway:
 
     def forget_tokens(self) -> None:
         self.tokens.clear()
+
+    def forget_everything(self) -> None:
+        """As a server does that lost its ledger; bytes that were uploaded are elsewhere."""
+        self.forget_tokens()
+        self.forgotten |= self.granted
+        self.granted.clear()
+        self.states.clear()
 
     # -- what the routes do ----------------------------------------------------------------------------------------
 
@@ -121,6 +135,7 @@ class FakeGateway:
             max_delta_bytes=self.max_delta_bytes,
             expires_at=time.time() + 60,
             heartbeat_s=0.1,
+            voucher=voucher_of(lease_id) if self.vouchers else "",
         )
 
     def view(self, lease_id: str) -> LeaseView:
@@ -145,6 +160,8 @@ class FakeGateway:
 
     def enrol(self, said: EnrolRequest) -> Enrolled:
         signing.verify(said.statement.public_key, "enrol", said.statement, said.signature)
+        if self.refuse_enrol is not None:
+            raise self.refuse_enrol
         if said.statement.invite != INVITE:
             raise DeniedError("wrong invite")
         token = f"token-{len(self.names)}-{time.monotonic_ns()}"
@@ -176,6 +193,19 @@ class FakeGateway:
             go_on=not over, reason="the round is over" if over else "", heartbeat_s=0.1, expires_at=time.time() + 60
         )
 
+    def restore(self, lease_id: str, said: RestoreRequest) -> LeaseView:
+        if self.refuse_restore:
+            raise self.refuse_restore.pop(0)
+        if said.voucher != voucher_of(lease_id):
+            raise DeniedError("no voucher of this server")
+        if lease_id not in self.granted:
+            if lease_id not in self.forgotten:
+                raise NotFoundError("no round round-1")
+            self.granted[lease_id] = self.forgotten[lease_id]
+            self.states[lease_id] = LeaseState.GRANTED
+            self.restored.append(lease_id)
+        return self.view(lease_id)
+
     def give_back(self, lease_id: str, said: ReturnRequest) -> LeaseView:
         self.require_fence(lease_id, said.fence)
         self.states[lease_id] = LeaseState.RETURNED
@@ -200,6 +230,10 @@ class FakeGateway:
         self.states[lease_id] = self.verdict
         self.outage, self.outage_after_submit = self.outage_after_submit, 0
         return self.view(lease_id)
+
+
+def voucher_of(lease_id: str) -> str:
+    return f"{lease_id}.{hashlib.sha256(lease_id.encode()).hexdigest()}"
 
 
 def make_app(fake: FakeGateway) -> FastAPI:
@@ -259,6 +293,11 @@ def make_app(fake: FakeGateway) -> FastAPI:
     def beat(lease_id: str, said: Heartbeat, request: Request) -> HeartbeatAnswer:
         fake.worker(request)
         return fake.beat(lease_id, said)
+
+    @app.post("/v1/leases/{lease_id}/restore")
+    def restore(lease_id: str, said: RestoreRequest, request: Request) -> LeaseView:
+        fake.worker(request)
+        return fake.restore(lease_id, said)
 
     @app.post("/v1/leases/{lease_id}/return")
     def give_back(lease_id: str, said: ReturnRequest, request: Request) -> LeaseView:
