@@ -26,7 +26,7 @@ class Scale:
     scratch: Path
     """Where servers keep their state."""
     volunteers: int = 10_000
-    live_s: float = 240.0
+    live_s: float = 150.0
     lease_s: float = 1_200.0
     """How long a volunteer trains for one lease."""
     crowd: int = 500

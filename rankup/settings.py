@@ -117,11 +117,11 @@ class CoordinatorSettings(RoomSettings):
     """Where a delta lies while it arrives through the gateway; None: the system's folder for temporary files."""
     heartbeat_s: float = Field(default=15.0, gt=0)
     """How often a volunteer who trains reports, as long as they are few."""
-    beats_per_s: float = Field(default=50.0, gt=0)
+    beats_per_s: float = Field(default=20.0, gt=0)
     """Heartbeats that all volunteers together may send: the more of them, the rarer each one's."""
     poll_s: float = Field(default=5.0, gt=0)
     """How soon a volunteer without work should ask again, as long as they are few."""
-    polls_per_s: float = Field(default=50.0, gt=0)
+    polls_per_s: float = Field(default=20.0, gt=0)
     """Questions for work that all volunteers without any together may send."""
     replicas: int = Field(default=1, ge=1, le=256)
     """Processes that serve the gateway; rate limits count in each."""
