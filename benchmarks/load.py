@@ -5,7 +5,7 @@ twenty minutes, get 99 of 100 claims and heartbeats answered within 250 ms, and 
 as met or missed, with the reason.
 
     python benchmarks/load.py                      # all of it (about 50 minutes)
-    python benchmarks/load.py --only volunteers    # one part: volunteers, rates, ledger or transfer
+    python benchmarks/load.py --only volunteers    # one part: volunteers, haproxy, rates, ledger or transfer
     python benchmarks/load.py --quick              # everything small; writes no page
     python benchmarks/load.py --json numbers.json  # the tables as JSON
 
@@ -31,7 +31,7 @@ from aggregate_run import FOLDER, machine
 from load_ledger import ledger
 from load_live import volunteers
 from load_part import Part, Say, Scale
-from load_rates import rates
+from load_rates import HA_PROXY, rates
 from load_report import markdown, show
 from load_transfer import transfer
 from rich.console import Console
@@ -39,6 +39,7 @@ from rich.console import Console
 RESULTS: Final = FOLDER.parent / "docs" / "results"
 PARTS: Final[Mapping[str, Callable[[Scale, Say], Part]]] = {
     "volunteers": volunteers,
+    "haproxy": partial(volunteers, title="alive, through HAProxy", changes={HA_PROXY: "1"}),
     "rates": rates,
     "ledger": ledger,
     "transfer": transfer,

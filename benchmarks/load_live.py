@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,13 @@ PATIENCE_S = 60.0
 """How long verdicts may take after the last submission."""
 
 
-def volunteers(scale: Scale, say: Say) -> Part:
-    part = Part(f"{scale.volunteers:,} volunteers, alive")
-    people = scale.scratch / "people.json"
+def volunteers(scale: Scale, say: Say, title: str = "alive", changes: Mapping[str, str] | None = None) -> Part:
+    """`changes`: of the environment of `rankup up`."""
+    part = Part(f"{scale.volunteers:,} volunteers, {title}")
+    home = Path(tempfile.mkdtemp(dir=scale.scratch))
+    people = home / "people.json"
     more = int(2 * scale.volunteers * scale.live_s / scale.lease_s) + 100
-    with whole_server(scale.scratch / "server", {}) as server:
+    with whole_server(home / "server", changes or {}) as server:
         say("a model and a dataset")
         furnish(server, scale.volunteers + more)
         round_id = open_round(server, shards=scale.volunteers + more)["round_id"]
