@@ -24,7 +24,7 @@ from coordinator.vouchers import VoucherSigner
 from rankup.errors import DeniedError, NotFoundError, NotYetError, StateError
 from rankup.protocol import Heartbeat, LeaseState, RoundState
 from tests.coordinator.test_keeper import submission as toy_submission
-from tests.coordinator.test_late import end_first_round
+from tests.coordinator.test_late_deltas import end_first_round
 from tests.coordinator.test_rebuild import Campaign
 from tests.coordinator.test_rebuild import play as play_campaign
 
