@@ -15,6 +15,7 @@ from rankup.cli import undo
 from rankup.cli.admin import app
 from rankup.errors import InputError, SetupError
 from rankup.replay import verify_version
+from rankup.settings import LedgerSettings
 from rankup.signing import load_private_key, public_key_hex
 from rankup.sources import StoreSource
 from rankup.store import S3Store
@@ -44,6 +45,7 @@ def world(local_services: LocalServices, tmp_path: Path, monkeypatch: pytest.Mon
         "url": "http://127.0.0.1:1",
         "organiser_token": "x",
         "store": settings.to_wire(),
+        "ledger": LedgerSettings().to_wire(),
         "ray_address": "",
         "ray_token_file": "",
         "publisher_key_file": str(made.key_file),

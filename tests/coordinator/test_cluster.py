@@ -214,7 +214,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_parent_takes_its_cluster_along_and_the_next_start_removes_its_folder(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
@@ -259,7 +259,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dead_daemon_is_named_and_a_stop_then_ends_also_the_workers_that_outlived_it(tmp_path: Path) -> None:
     clean = {name: None for name in os.environ if name.startswith("RAY_")}
     report = _run(LOST, str(tmp_path), "raylet", **clean)

@@ -126,7 +126,7 @@ def check(scene: Scene, label: str, examples: int) -> None:
 
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_an_operation_answers_as_it_is_described(scene: Scene, label: str) -> None:
-    check(scene, label, 10 if can_be_wrong(label) else 3)
+    check(scene, label, 5 if can_be_wrong(label) else 3)
 
 
 @pytest.mark.long

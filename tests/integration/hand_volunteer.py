@@ -17,6 +17,7 @@ import safetensors.numpy
 from rankup.delta import DeltaHeader, write_delta
 from rankup.fixedpoint import Factors, quantise
 from rankup.protocol import (
+    ClaimRequest,
     DeviceProfile,
     EnrolRequest,
     EnrolStatement,
@@ -52,7 +53,7 @@ class HandVolunteer:
         """A lease; waits until a shard is free."""
         deadline = time.monotonic() + VERDICT_S
         while True:
-            answer = self.client.claim()
+            answer = self.client.claim(ClaimRequest())
             if answer.lease is not None:
                 return answer.lease
             assert time.monotonic() < deadline, answer.reason

@@ -316,7 +316,7 @@ def test_the_socket_is_its_owners_and_that_of_a_dead_agent_is_replaced(gateway: 
     assert not path.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_training_is_paused_in_seconds_and_ends_with_the_same_bits(
     gateway: FakeGateway, guest: Guest, tmp_path: Path
 ) -> None:
