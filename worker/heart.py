@@ -3,11 +3,13 @@
 What always holds: a beat that fails because the server is away changes nothing (training goes on, the lease may even
 expire: a late delta is still welcome), and so does a server that forgot token or lease: the machine enrols again and
 shows the voucher. Only an answer from the server ends the lease; the pause between beats is what the server asked for
-last. The thread is gone when the `with` block is left.
+last, or up to a fifth less, so that those who began together do not stay together. The thread is gone when the `with`
+block is left.
 """
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +24,7 @@ from worker.vouching import with_voucher
 
 _ONCE = RetryPolicy(patience_s=0.0)
 _SHORTEST_PAUSE_S = 0.05
+_SPREAD = 0.2
 
 
 class Heart:
@@ -74,8 +77,11 @@ class Heart:
         beat = partial(self._client.heartbeat, lease_id, self._beat, policy=_ONCE)
         return with_voucher(self._client, lease_id, voucher, beat, policy=_ONCE)
 
+    def _next_pause_s(self) -> float:
+        return max(self._pause_s * random.uniform(1 - _SPREAD, 1), _SHORTEST_PAUSE_S)  # noqa: S311 - it spreads load
+
     def _run(self) -> None:
-        while not self._over.wait(max(self._pause_s, _SHORTEST_PAUSE_S)) and self._abandon is None:
+        while not self._over.wait(self._next_pause_s()) and self._abandon is None:
             try:
                 answer = self._with_token(self._say)
             except RetryableError as exc:
