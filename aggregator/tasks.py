@@ -72,9 +72,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+NICENESS = 10
+"""Of task processes: the gateway comes first."""
+
+
 @lru_cache(maxsize=1)
-def _configure_logs() -> None:
+def _settle_in() -> None:
+    """Once in a worker process."""
     configure_server("task")
+    os.nice(max(0, NICENESS - os.nice(0)))
 
 
 def _logged(function: Callable[P, R]) -> Callable[P, R]:
@@ -82,13 +88,14 @@ def _logged(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def task(*args: P.args, **kwargs: P.kwargs) -> R:
-        _configure_logs()
+        _settle_in()
         ids: dict[str, str] = {}
         for given in (*args, *kwargs.values()):
             if isinstance(given, RoundRecord):
                 ids["round_id"] = given.round_id
             elif isinstance(given, Submission):
-                ids |= {"lease_id": given.statement.lease_id, "contribution": given.statement.sha256}
+                said = given.statement
+                ids |= {"round_id": said.round_id, "lease_id": said.lease_id, "contribution": said.sha256}
         with structlog.contextvars.bound_contextvars(**ids):
             return function(*args, **kwargs)
 

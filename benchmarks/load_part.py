@@ -26,13 +26,13 @@ class Scale:
     scratch: Path
     """Where servers keep their state."""
     volunteers: int = 10_000
-    live_s: float = 150.0
+    live_s: float = 90.0
     lease_s: float = 1_200.0
     """How long a volunteer trains for one lease."""
-    crowd: int = 300
+    crowd: int = 200
     """Volunteers of the part that looks for the rate that breaks a server."""
-    step_s: float = 8.0
-    rates: tuple[float, ...] = (25, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1200)
+    step_s: float = 5.0
+    rates: tuple[float, ...] = (50, 100, 150, 200, 300, 400, 600, 800)
     shards: int = 100_000
     claimers: int = 64
     transfer_bytes: int = 256 * 2**20

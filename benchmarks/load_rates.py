@@ -16,9 +16,7 @@ from load_part import GOAL_MS, Part, Ride, Say, Scale, Table, in_words, millisec
 from load_server import Server, bare_server, whole_server
 from load_world import furnish, open_round
 
-THROUGHPUT: Final = "RAY_SERVE_THROUGHPUT_OPTIMIZED"
 HA_PROXY: Final = "RAY_SERVE_ENABLE_HA_PROXY"
-REPLICAS: Final = "RANKUP_COORDINATOR_REPLICAS"
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,7 @@ class Way:
 
 WAYS: Final = (
     Way("Serve as `rankup up` starts it: Python proxy", {}),
-    Way("Serve, throughput mode", {THROUGHPUT: "1", HA_PROXY: "0"}),
-    Way("Serve, HAProxy", {THROUGHPUT: "0", HA_PROXY: "1"}),
-    Way("Serve, HAProxy, throughput mode", {THROUGHPUT: "1", HA_PROXY: "1"}),
-    Way("Serve as `rankup up` starts it, 2 replicas", {REPLICAS: "2"}),
+    Way("Serve, HAProxy", {HA_PROXY: "1"}),
     Way("uvicorn, one process", {}, "gateway"),
     Way("uvicorn, the ledger's heartbeat and nothing else", {}, "beat", 0.0),
 )

@@ -240,6 +240,9 @@ def _environment(state_dir: Path, *, own: bool) -> dict[str, str | None]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": None,
             "RAY_AUTH_TOKEN_PATH": str(token_file(state_dir)),
+            # Ray runs all its workers at niceness 15, so the door would stand behind everything else on a busy machine;
+            # tasks make themselves nicer again (aggregator.tasks).
+            "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112 - Ray's own spelling
             # Nobody gets in without Serve's proxy: a dead one is replaced after three looks, by default 10 s apart.
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": os.environ.get("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1"),
         }
