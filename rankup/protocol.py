@@ -29,7 +29,7 @@ from rankup.message import (
     TeamName,
     canonical_json,
 )
-from rankup.recipe import MAX_RANK, Recipe
+from rankup.recipe import MAX_RANK, Precision, Recipe
 from rankup.targets import Target
 
 PROTOCOL_VERSION = 1
@@ -50,6 +50,14 @@ class Tier(Message):
     """At most the recipe's; alpha shrinks with it, so that the scaling of the product stays."""
 
 
+class VersionRef(Message):
+    """One version of a model, by the digest of its manifest."""
+
+    model: Identifier
+    version: Annotated[int, Field(ge=0, le=2**53)]
+    manifest: Digest
+
+
 class RoundRequest(Message):
     """What an organiser asks for: `repeat` rounds of one model on one dataset, each on the version before it."""
 
@@ -57,6 +65,10 @@ class RoundRequest(Message):
     """What is trained, as named by `rankup model import`; the base is its latest version when a round opens."""
     dataset: Identifier
     """What it is trained on, as named by `rankup dataset build`."""
+    teacher: Identifier | None = None
+    """Distillation: the model whose version answers the prompts; another architecture and tokenizer are fine."""
+    teacher_version: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    """Default: its latest when a round opens."""
     recipe: Recipe = Recipe()
     """How a shard is trained, and how contributions become a version."""
     shards: Annotated[int, Field(ge=1, le=1_000_000)] = 3
@@ -100,6 +112,14 @@ class RoundRequest(Message):
         quorum = self.quorum or self.shards
         if self.min_contributions > quorum:
             raise ValueError(f"min_contributions {self.min_contributions} is above the quorum {quorum}")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_where_there_is_a_pupil(self) -> RoundRequest:
+        if (self.recipe.method == "distillation") != (self.teacher is not None):
+            raise ValueError("a teacher and the method distillation come together")
+        if self.teacher is None and self.teacher_version is not None:
+            raise ValueError("teacher_version without a teacher")
         return self
 
     @model_validator(mode="after")
@@ -203,10 +223,13 @@ class RoundView(Answer):
 # -- the volunteer -----------------------------------------------------------------------------------------------------
 
 
+DeviceKind = Literal["cuda", "mps", "xpu", "cpu"]
+
+
 class DeviceProfile(Message):
     """What a volunteer's machine can do, as measured by the worker."""
 
-    kind: Literal["cuda", "mps", "xpu", "cpu"] = "cpu"
+    kind: DeviceKind = "cpu"
     name: Annotated[str, StringConstraints(max_length=128)] = ""
     memory_bytes: Annotated[int, Field(ge=0, le=2**50)] = 0
     threads: Annotated[int, Field(ge=1, le=4096)] = 1
@@ -286,6 +309,8 @@ class LeaseGrant(Answer):
     """With the rank of the volunteer's tier, and the steps of one shard."""
     seed: int
     """Seeds A and the order of examples; derived from round and lease, so an audit can repeat it."""
+    teacher: VersionRef | None = None
+    """Distillation: who answers the prompts of the shards."""
     targets: dict[str, Target]
     """Weight name -> shape: exactly what the delta must hold."""
     max_delta_bytes: int
@@ -322,6 +347,10 @@ class Heartbeat(Message):
     step: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     loss: Finite | None = None
     tokens_per_s: Annotated[Finite, Field(ge=0)] | None = None
+    grad_norm: Annotated[Finite, Field(ge=0)] | None = None
+    """Of the last step, before it is cut to the recipe's `max_grad_norm`."""
+    energy_j: Annotated[Finite, Field(ge=0)] | None = None
+    """What the card has used for this lease so far, in joules; None: it does not tell."""
 
 
 class HeartbeatAnswer(Answer):
@@ -376,6 +405,15 @@ class SubmitStatement(Message):
     first_loss: Finite
     last_loss: Finite
     seconds: Annotated[Finite, Field(ge=0, le=31_536_000)]
+    device: DeviceKind = "cpu"
+    precision: Precision = "float32"
+    """Of the frozen base while it was trained."""
+    tokens_per_s: Annotated[Finite, Field(ge=0)] | None = None
+    """While it trained, without what comes before and after."""
+    grad_norm: Annotated[Finite, Field(ge=0)] | None = None
+    """Mean over the last steps, as `last_loss`."""
+    energy_j: Annotated[Finite, Field(ge=0)] | None = None
+    """What the card used, in joules; None: it does not tell."""
 
 
 class SubmitRequest(Message):
@@ -428,6 +466,9 @@ class LeaseProgress(Answer):
     """Of the whole lease."""
     loss: float | None = None
     tokens_per_s: float | None = None
+    grad_norm: float | None = None
+    energy_j: float | None = None
+    """Joules so far."""
     granted_at: float
     seen_at: float
     """When it was heard of last."""

@@ -16,6 +16,12 @@ MAX_RANK: Final = 1024
 
 Rule = Literal["mean_by_tokens", "multi_krum", "geometric_median", "centred_clipping"]
 """How weights are chosen from the contributions: see `aggregator.rules`."""
+Method = Literal["sft", "dpo", "kto", "distillation"]
+"""What a volunteer's training minimises: the next token (sft); a preference, of chosen over rejected answers (dpo,
+arXiv:2305.18290) or of good answers over bad ones (kto, arXiv:2402.01306); the next token of what a published version
+answers (distillation, arXiv:1606.07947)."""
+Precision = Literal["float32", "bfloat16", "float16", "nf4"]
+"""What the frozen base is held in while a volunteer trains; nf4: 4 bits a weight (QLoRA, arXiv:2305.14314)."""
 
 
 MAX_COSINE: Final = 0.98
@@ -94,6 +100,8 @@ class Recipe(Message):
     arXiv:2312.03732); the worker folds the scaling into B, so nobody downstream needs to know it.
     """
 
+    method: Method = "sft"
+    """What is minimised; each takes datasets of its own shapes (`coordinator.rows`)."""
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
     """Of B·A, the delta of a layer: what a volunteer trains grows with it, and so does the upload."""
     rank_pattern: Annotated[dict[TensorName, Annotated[int, Field(ge=1, le=MAX_RANK)]], Field(max_length=256)] = Field(
@@ -112,6 +120,17 @@ class Recipe(Message):
     """Examples of one step; a small GPU takes them a few at a time, with the same result."""
     max_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 128
     """Longest example, in tokens; longer ones are cut."""
+    packing: bool = False
+    """Put several short examples into one sequence of `max_tokens`: less padding, other batches. For sft only."""
+    assistant_only: bool = False
+    """Of conversations in `messages`, learn the assistant's words only; the chat template has to mark them."""
+    beta: Annotated[Finite, Field(gt=0, le=100)] = 0.1
+    """How far a preference may move the model from its base: dpo and kto."""
+    teacher_weight: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    """Distillation: share of the loss that is the divergence from the teacher's probabilities (arXiv:1503.02531), for a
+    teacher with the same vocabulary; the rest, and by default all, is the next token of its answers."""
+    temperature: Annotated[Finite, Field(ge=0, le=10)] = 0.0
+    """Distillation: of the teacher's answers; 0 takes its likeliest token."""
     warmup_steps: Annotated[int, Field(ge=0, le=100_000)] = 3
     """Steps in which the learning rate rises to its highest."""
     lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
@@ -131,6 +150,8 @@ class Recipe(Message):
     """Train biases and the scales of norms too, as full deltas."""
     partial: bool = False
     """A delta may leave out weights of the recipe, and have a lower rank than it in any case."""
+    four_bit: Literal["never", "if_needed"] = "if_needed"
+    """Whether a GPU with too little memory for the base in 16 bits may train beside it in 4 bits (nf4)."""
     mantissa_bits: Literal[16, 8] = 16
     """Width of a delta's numbers: 8 halves the upload and costs about two per cent of each product."""
     aggregation: Aggregation = Aggregation()

@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, StringConstraints
 
 from rankup.message import Digest, DisplayName, Finite, Identifier, Message, PublicKey, Signature, TensorName
-from rankup.protocol import RoundRequest, RoundState, SubmitStatement
+from rankup.protocol import RoundRequest, RoundState, SubmitStatement, VersionRef
 from rankup.recipe import Recipe, Rule
 from rankup.targets import Role, Target, target_of
 
@@ -55,6 +55,8 @@ class DatasetCard(Message):
     licence: Text
     rows: int
     heldout_rows: int
+    shape: Annotated[str, StringConstraints(max_length=64)] = ""
+    """Of every row, as `coordinator.rows` names it: which methods may train on it follows from this."""
     shards: Annotated[tuple[BlobRef, ...], Field(min_length=1, max_length=1_000_000)]
     heldout: BlobRef
     """Lies under the key of `versions.heldout_key`, never under `blobs/`: volunteers cannot fetch it."""
@@ -74,6 +76,8 @@ class RoundRecord(Message):
     """Place in its campaign, from 0."""
     base_version: Annotated[int, Field(ge=0)]
     base_manifest: Digest
+    teacher: VersionRef | None = None
+    """Distillation: the version that answers the prompts."""
     shards: tuple[BlobRef, ...]
     """Shard number within the round -> its bytes."""
     targets: dict[TensorName, Target]

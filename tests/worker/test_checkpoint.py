@@ -14,7 +14,7 @@ from tiny_model import save_tiny_llama, write_rows
 
 from rankup.recipe import Recipe
 from rankup.targets import Target, select_targets
-from worker import checkpoint, trainer
+from worker import checkpoint, lesson, trainer
 from worker.checkpoint import CheckpointError, Keeper, checkpoint_progress, read_checkpoint
 from worker.job import Finished, Job, Line, Ready, StepDone, parse_share, share_order
 
@@ -217,7 +217,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     ("batch", "wanted", "size"), [(4, None, 4), (4, 9, 4), (4, 3, 2), (6, 5, 3), (5, 4, 1), (1, 1, 1)]
 )
 def test_pieces_of_a_batch_divide_it(batch: int, wanted: int | None, size: int) -> None:
-    assert trainer.micro_batch_of(batch, wanted) == size
+    assert lesson.micro_batch_of(batch, wanted) == size
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_a_base_in_bfloat16_is_trained_with_float32_factors_and_checkpointing(
     job = job_of(tmp_path, base, recipe, targets_of(base, recipe))
     config = trl.SFTConfig
     half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    monkeypatch.setattr(trainer, "_load_base", lambda *arguments: half)
+    monkeypatch.setattr(trainer, "load_base", lambda *arguments: half)
     monkeypatch.setattr(trl, "SFTConfig", lambda **fields: config(**fields | {"gradient_checkpointing": True}))
     trained = train(job, monkeypatch).base
     assert {parameter.dtype for parameter in trained.parameters() if parameter.requires_grad} == {torch.float32}

@@ -1,0 +1,75 @@
+"""A lesson: all that a method of training needs to build its trainer, and the settings that every method shares.
+
+What always holds: seed, batches, schedule and optimiser are the recipe's for every method, so methods differ in what
+they minimise and in nothing else; a batch is the recipe's whatever fits into memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker.checkpoint import Checkpoint
+from worker.job import Job
+from worker.progress import Progress
+from worker.surgery import Adapted
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one training run has been given and has loaded."""
+
+    job: Job
+    adapted: Adapted
+    tokenizer: Any
+    rows: Sequence[Mapping[str, Any]]
+    """Examples of all shards, of one shape."""
+    device: str
+    """As torch names it, without a number."""
+    progress: Progress
+    scratch: Path
+    """A folder for temporary files."""
+    checkpoint: Checkpoint | None
+    """What to go on from."""
+
+
+def micro_batch_of(batch_size: int, wanted: int | None) -> int:
+    """The largest divisor of the batch that is at most `wanted` (None: the batch), so batches stay what they are."""
+    limit = min(batch_size, wanted or batch_size)
+    return next(size for size in range(limit, 0, -1) if batch_size % size == 0)
+
+
+def shared_arguments(lesson: Lesson) -> dict[str, Any]:
+    """Arguments of the TRL configs that are the same for every method."""
+    import torch
+
+    job, recipe = lesson.job, lesson.job.recipe
+    micro_batch = micro_batch_of(recipe.batch_size, job.micro_batch)
+    return {
+        "output_dir": str(lesson.scratch / "out"),
+        "max_steps": job.steps,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": recipe.batch_size // micro_batch,
+        "learning_rate": recipe.learning_rate,
+        "warmup_steps": min(recipe.warmup_steps, job.steps),
+        "lr_scheduler_type": recipe.lr_schedule,
+        "max_length": recipe.max_tokens,
+        "max_grad_norm": recipe.max_grad_norm,
+        "weight_decay": recipe.weight_decay,
+        "optim": "adamw_torch",
+        "seed": job.seed % 2**32,
+        "data_seed": job.seed % 2**32,
+        "bf16": lesson.adapted.base.dtype == torch.bfloat16,
+        "gradient_checkpointing": lesson.device == "cuda",
+        "use_cpu": lesson.device == "cpu",
+        "dataloader_pin_memory": lesson.device == "cuda",
+        "dataset_num_proc": None,
+        "report_to": "none",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+    }
