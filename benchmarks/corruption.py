@@ -30,9 +30,8 @@ from typing import Final, Literal
 import structlog
 from corruption_folders import DELTA, LATEST, OLDER, PROOF, Folders, contents
 from corruption_history import MODEL, make_history
-from pull import keep, measure
-from pull_part import Part, Say
-from pull_report import show
+from pull import HEAD, ORDER
+from results import Part, Say, keep, measure, show
 
 from rankup.checkfiles import verify_files
 from rankup.errors import RankupError
@@ -193,7 +192,8 @@ def damaged(path: Path, rng: random.Random) -> Iterator[str]:
 def corrupt(count: int, say: Say) -> Part:
     """`count` damaged bytes, kind by kind in turn."""
     columns = ("file", "then", "bytes changed", "refused", "got round", "no harm", "missed")
-    part = Part(f"{count} single bytes changed, over all kinds of files", columns)
+    part = Part(f"{count} single bytes changed, over all kinds of files")
+    part.table("", *columns)
     rng = random.Random(0)
     outcomes: dict[tuple[str, str], Counter[str]] = {}
     missed: list[str] = []
@@ -245,7 +245,7 @@ def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     result = measure("corruption", "python benchmarks/corruption.py", partial(corrupt, options.count))
     if options.count == COUNT:
-        keep("corruption", result)
+        keep("pull", HEAD, ORDER, "corruption", result)
     show({"corruption": result})
     sys.exit(not all(goal["met"] for goal in result["goals"]))
 

@@ -18,25 +18,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from aggregate_run import FOLDER, machine
 from load_ledger import ledger
 from load_live import volunteers
-from load_part import Part, Say, Scale
+from load_part import Scale
 from load_rates import HA_PROXY, rates
-from load_report import markdown, show
 from load_transfer import transfer
-from rich.console import Console
+from results import Part, Say, keep, measure, show
 
-RESULTS: Final = FOLDER.parent / "docs" / "results"
+HEAD: Final = (
+    "# What the door takes",
+    "",
+    "Written by `benchmarks/load.py` (`make bench-load`): simulated volunteers over real HTTP on loopback, against",
+    "`rankup up` with real Valkey, real object storage and real Ray Serve. Nothing here is typed in by hand.",
+)
 PARTS: Final[Mapping[str, Callable[[Scale, Say], Part]]] = {
     "volunteers": volunteers,
     "haproxy": partial(volunteers, title="alive, through HAProxy", changes={HA_PROXY: "1"}),
@@ -72,40 +73,10 @@ def main() -> None:
         for name in [options.only] if options.only else PARTS:
             results[name] = measure(name, command, partial(PARTS[name], scale))
             if not options.quick:
-                keep(name, results[name])
+                keep("load", HEAD, tuple(PARTS), name, results[name])
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     show(results)
-
-
-def measure(name: str, command: str, part_of: Callable[[Say], Part]) -> dict[str, Any]:
-    """A part's result, with what it depends on."""
-    before = os.getloadavg()[0]
-    console = Console(stderr=True)
-    with console.status(name) as status:
-
-        def say(text: str) -> None:
-            status.update(f"{name}: {text}")
-            if not console.is_terminal:
-                console.print(f"{name}: {text}", highlight=False)
-
-        part = part_of(say)
-    return dataclasses.asdict(part) | {
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "load": [before, os.getloadavg()[0]],
-        "machine": machine(),
-    }
-
-
-def keep(name: str, result: Mapping[str, Any]) -> None:
-    """Put one part's result beside what was measured of the others, and write the page."""
-    numbers = RESULTS / "load.json"
-    known = json.loads(numbers.read_text()) if numbers.exists() else {}
-    known[name] = result
-    ordered = {part: known[part] for part in PARTS if part in known}
-    numbers.write_text(json.dumps(ordered, indent=1) + "\n")
-    (RESULTS / "load.md").write_text(markdown(ordered))
 
 
 if __name__ == "__main__":

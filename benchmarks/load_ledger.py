@@ -14,8 +14,9 @@ from importlib.metadata import version
 from typing import Any
 
 import psutil
-from load_part import Part, Say, Scale, milliseconds
+from load_part import Scale, milliseconds
 from load_processes import Watch
+from results import Part, Say
 
 from coordinator.leases import Lease
 from coordinator.ledger import Ledger

@@ -16,9 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from load_part import GOAL_MS, Part, Ride, Say, Scale, Table, in_words, megabytes, milliseconds, ride
+from load_part import GOAL_MS, Ride, Scale, in_words, megabytes, milliseconds, ride
 from load_server import Server, whole_server
 from load_world import furnish, open_round
+from results import Part, Say, Table
 
 from coordinator.ledger import Ledger
 from rankup.settings import LedgerSettings

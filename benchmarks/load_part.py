@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,6 @@ from aggregate_run import FOLDER
 from load_processes import Use, Watch
 from load_server import Server
 
-Say = Callable[[str], None]
 GOAL_MS: Final = 250.0
 """The 99th percentile of claims and heartbeats must stay below it."""
 
@@ -36,38 +35,6 @@ class Scale:
     shards: int = 100_000
     claimers: int = 64
     transfer_bytes: int = 256 * 2**20
-
-
-@dataclass
-class Table:
-    """The first column names the thing; all cells are text."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[list[str]] = field(default_factory=list)
-
-    def row(self, *cells: str) -> None:
-        """The cells of one row; those left out stay empty."""
-        self.rows.append([*cells, *[""] * (len(self.columns) - len(cells))])
-
-
-@dataclass
-class Part:
-    """Tables, and the goals that they meet or miss."""
-
-    title: str
-    tables: list[Table] = field(default_factory=list)
-    goals: list[dict[str, Any]] = field(default_factory=list)
-    """goal, found, met, why"""
-    notes: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def table(self, title: str, *columns: str) -> Table:
-        self.tables.append(Table(title, columns))
-        return self.tables[-1]
-
-    def goal(self, goal: str, found: str, *, met: bool, why: str = "") -> None:
-        self.goals.append({"goal": goal, "found": found, "met": met, "why": "" if met else why})
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from load_part import GOAL_MS, Part, Ride, Say, Scale, Table, in_words, milliseconds, ride
+from load_part import GOAL_MS, Ride, Scale, in_words, milliseconds, ride
 from load_server import Server, bare_server, whole_server
 from load_world import furnish, open_round
+from results import Part, Say, Table
 
 HA_PROXY: Final = "RAY_SERVE_ENABLE_HA_PROXY"
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import Awaitable, Callable
 
 import aiohttp
-from load_part import Part, Say, Scale, megabytes
+from load_part import Scale, megabytes
 from load_processes import Watch
 from load_server import Server, whole_server
+from results import Part, Say
 
 from coordinator.tickets import Ticket, TicketSigner
 from rankup.settings import StoreSettings

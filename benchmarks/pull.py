@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -28,15 +26,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from aggregate_run import FOLDER, machine
-from pull_part import Part, Say, Scale
+from aggregate_run import FOLDER
+from pull_part import Scale
 from pull_parts_downloads import downloads
 from pull_parts_kills import kills
 from pull_parts_size import sizes
-from pull_report import markdown, show
-from rich.console import Console
+from results import Part, Say, keep, measure, show
 
-RESULTS: Final = FOLDER.parent / "docs" / "results"
+HEAD: Final = (
+    "# What an update costs",
+    "",
+    "Written by `benchmarks/pull.py` (`make bench-pull`) from real rounds of SmolLM2-135M-Instruct",
+    "(`benchmarks/rounds.py`): patches, pulls and what an interruption costs, beside what others do; and by",
+    "`benchmarks/corruption.py`: damage, and whether it is found. Nothing here is typed in by hand.",
+)
 PARTS: Final[Mapping[str, Callable[[Scale, Path, Say], Part]]] = {"size": sizes, "downloads": downloads, "kills": kills}
 ORDER: Final = (*PARTS, "corruption")
 
@@ -64,40 +67,10 @@ def main() -> None:
         for name in [options.only] if options.only else PARTS:
             results[name] = measure(name, command, partial(PARTS[name], scale, peers))
             if not options.quick:
-                keep(name, results[name])
+                keep("pull", HEAD, ORDER, name, results[name])
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     show(results)
-
-
-def measure(name: str, command: str, part_of: Callable[[Say], Part]) -> dict[str, Any]:
-    """A part's result, with what it depends on."""
-    before = os.getloadavg()[0]
-    console = Console(stderr=True)
-    with console.status(name) as status:
-
-        def say(text: str) -> None:
-            status.update(f"{name}: {text}")
-            if not console.is_terminal:
-                console.print(f"{name}: {text}", highlight=False)
-
-        part = part_of(say)
-    return dataclasses.asdict(part) | {
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "load": [before, os.getloadavg()[0]],
-        "machine": machine(),
-    }
-
-
-def keep(name: str, result: Mapping[str, Any]) -> None:
-    """Put one part's result beside what was measured of the others, and write the page."""
-    numbers = RESULTS / "pull.json"
-    known = json.loads(numbers.read_text()) if numbers.exists() else {}
-    known[name] = result
-    ordered = {part: known[part] for part in ORDER if part in known}
-    numbers.write_text(json.dumps(ordered, indent=1) + "\n")
-    (RESULTS / "pull.md").write_text(markdown(ordered))
 
 
 if __name__ == "__main__":

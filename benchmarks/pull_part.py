@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-Say = Callable[[str], None]
 MEGABYTE: Final = 1e6
 
 
@@ -28,28 +27,6 @@ class Scale:
     kills: int = 10
     kill_bytes_per_s: float = 40e6
     """Of a download that is killed: slow enough that it can be killed where it should be."""
-
-
-@dataclass
-class Part:
-    """Rows of a table, and the goals that they meet or miss."""
-
-    title: str
-    columns: tuple[str, ...]
-    """The first one names the way, the last one has the remarks."""
-    rows: list[list[str]] = field(default_factory=list)
-    goals: list[dict[str, Any]] = field(default_factory=list)
-    """goal, found, met, why"""
-    notes: list[str] = field(default_factory=list)
-    raw: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def row(self, *cells: str) -> None:
-        """The cells of one row; those left out stay empty."""
-        self.rows.append([*cells, *[""] * (len(self.columns) - len(cells))])
-
-    def goal(self, goal: str, found: str, *, met: bool, why: str = "") -> None:
-        self.goals.append({"goal": goal, "found": found, "met": met, "why": "" if met else why})
 
 
 def megabytes(count: float) -> str:

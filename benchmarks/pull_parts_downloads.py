@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Final
 
 from aggregate_run import MissingError, Ran, run
-from pull_part import Part, Say, Scale, hashes, megabytes, seconds
+from pull_part import Scale, hashes, megabytes, seconds
 from pull_site import HUB, RANKUP, Site, folder_before, kind_of, site_of
+from results import Part, Say
 
 SLACK: Final = 1.05
 
 
 def downloads(scale: Scale, peers: Path, say: Say) -> Part:
-    part = Part(
-        "Downloads from a server on loopback",
-        ("way", "wall s", "CPU s", "MB sent", "requests", "peak MB", "against", "remarks"),
-    )
+    part = Part("Downloads from a server on loopback")
+    part.table("", "way", "wall s", "CPU s", "MB sent", "requests", "peak MB", "against", "remarks")
     for case in scale.cases:
         site = site_of(scale, case, peers)
         with site.server:

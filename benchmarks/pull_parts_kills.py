@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from aggregate_run import QUIET, THREADS, MissingError, run
-from pull_part import Part, Say, Scale
+from pull_part import Scale
 from pull_site import HUB, RANKUP, Site, folder_before, kind_of, site_of
+from results import Part, Say
 
 from rankup.folder import STATE_NAME
 
@@ -50,10 +51,8 @@ class Kill:
 
 
 def kills(scale: Scale, peers: Path, say: Say) -> Part:
-    part = Part(
-        f"kill -9 at {scale.kills} points, then the same command again",
-        ("way", "killed", "most sent again, MB", "mean, MB", "remarks"),
-    )
+    part = Part(f"kill -9 at {scale.kills} points, then the same command again")
+    part.table("", "way", "killed", "most sent again, MB", "mean, MB", "remarks")
     site = site_of(scale, scale.cases[0], peers)
     with site.server:
         for way, update in ((RANKUP, False), (RANKUP, True), (HUB, False)):

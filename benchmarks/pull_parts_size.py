@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from aggregate_run import MissingError, Ran, child
-from pull_part import Part, Say, Scale, hashes, megabytes, tensor_files
+from pull_part import Scale, hashes, megabytes, tensor_files
+from results import Part, Say
 
 PATCH: Final = "patch"
 PLANES: Final = "planes"
@@ -94,7 +95,8 @@ def pair_of(scale: Scale, case: str) -> Pair:
 
 def sizes(scale: Scale, peers: Path, say: Say) -> Part:
     columns = ("way", "MB", "below full", "of changed files", "encode MB/s", "decode MB/s", "peak MB", "remarks")
-    part = Part("What a round changes, written down", columns)
+    part = Part("What a round changes, written down")
+    part.table("", *columns)
     made = json.loads((scale.rounds / "rounds.json").read_text())
     for case in scale.cases:
         pair = pair_of(scale, case)
