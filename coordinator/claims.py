@@ -58,10 +58,8 @@ class Claims:
         survey = await self.survey(worker_id, now)
         found = match(worker_id, seeker, survey.speeds, survey.offers, survey.idle)
         candidates = () if isinstance(found, NoWork) else found
-        reply = await self._valkey.call(
-            "EVAL",
+        reply = await self._valkey.run(
             keys.CLAIM_LUA,
-            0,
             keys.PREFIX,
             worker_id,
             new_lease_id(),
@@ -77,7 +75,7 @@ class Claims:
 
     async def survey(self, worker_id: str, now: float) -> Survey:
         """The open rounds, and what is known of a worker, at one moment."""
-        reply = await self._valkey.call("EVAL", keys.SURVEY_LUA, 0, keys.PREFIX, worker_id, repr(now - IDLE_S))
+        reply = await self._valkey.run(keys.SURVEY_LUA, keys.PREFIX, worker_id, repr(now - IDLE_S))
         idle, live, score, rows = reply
         self._census = now, live
         records = await self._load_records([row[0] for row in rows])

@@ -85,7 +85,7 @@ class Invites:
             raise DeniedError("The invite is not one of this server.", remedy=_REMEDY)
         if now >= invite.expires_at:
             raise DeniedError("The invite is over.", remedy=_REMEDY)
-        if not await self._valkey.call("EVAL", keys.USE_INVITE_LUA, 0, PREFIX, invite.invite_id, worker_id):
+        if not await self._valkey.run(keys.USE_INVITE_LUA, PREFIX, invite.invite_id, worker_id):
             raise DeniedError("The invite is used up.", remedy=_REMEDY)
         return invite
 

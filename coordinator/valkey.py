@@ -154,12 +154,13 @@ class Valkey:
         self, conditions: Sequence[keys.Condition], writes: Sequence[keys.Row], *, durable: bool = False
     ) -> bool:
         """Make all writes if all conditions hold, and say whether they did; `durable` waits until they are on disk."""
-        command = ("EVAL", keys.COMMIT_LUA, 0, json.dumps(conditions), json.dumps(writes))
+        arguments = (json.dumps(conditions), json.dumps(writes))
         if not (durable and self._settings.require_fsync):
-            return bool(await self.call(*command))
+            return bool(await self.run(keys.COMMIT_LUA, *arguments))
         # The server must give up before the socket does, or a slow disk would look like a dead server.
         wait_ms = int(self._settings.timeout_s * 800)
         # One connection for both: WAITAOF waits for the writes of its own connection.
+        command = ("EVAL", keys.COMMIT_LUA, 0, *arguments)
         made, waited = await self._send([command, ("WAITAOF", 1, 0, wait_ms)], transaction=False)
         if made and waited[0] < 1:
             raise BusyError(
