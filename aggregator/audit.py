@@ -27,6 +27,11 @@ docstrings, rank 8) with another, on one x86-64 CPU, in float32 where nothing el
     another seed, the same shard           0.391
     another seed, another shard            0.368               0.066
 
+Beside a base in 4 bits (nf4) another delta is right: at cosine 0.65 to that of the full base with SmolLM2-135M (12
+steps, rank 8, 2e-4), 0.70 with a random Llama of 60 thousand weights. Trained in nf4 again it agrees as above: 0.9998
+between products in float32 and in bfloat16 (the random Llama). So whoever trains again does it in the precision that
+the statement names.
+
 To repeat it, write `worker.job.Job` files that differ in `threads`, `recipe.steps`, `shard_files` or `seed`, run
 `python -m worker.trainer JOB.json` on each and give pairs to `agreement`. A GPU trains in bfloat16 by itself. The
 learning rates were 5e-3 and 5e-4. Longer runs may drift further: measure before you audit rounds of many more steps. A

@@ -72,15 +72,16 @@ class Chapter:
         )
 
 
-def model_card(manifest: Manifest, history: Sequence[Chapter] = ()) -> str:
-    """README.md of a version. `history`: chapters of the versions before it, oldest first; gaps are allowed."""
+def model_card(manifest: Manifest, history: Sequence[Chapter] = (), *, sees: bool = False) -> str:
+    """README.md of a version. `history`: chapters of the versions before it, oldest first; gaps are allowed. `sees`:
+    it is a vision-language model."""
     chapters = (*history, Chapter.of(manifest))
     blocks = [
-        _front_matter(manifest),
+        _front_matter(manifest, sees),
         f"# {manifest.model}, version {manifest.version}",
         _origin(manifest),
         *_so_far(history, chapters),
-        _how_to_load(manifest),
+        _how_to_load(manifest, sees),
         *_measured(manifest, chapters),
         *_contributions(manifest),
         *_contributors(history, chapters),
@@ -89,10 +90,11 @@ def model_card(manifest: Manifest, history: Sequence[Chapter] = ()) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _front_matter(manifest: Manifest) -> str:
+def _front_matter(manifest: Manifest, sees: bool) -> str:
     licence = manifest.licence.lower()
     known = _LICENCE_ID.fullmatch(licence) is not None
-    fields: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    task = "image-text-to-text" if sees else "text-generation"
+    fields: dict[str, object] = {"library_name": "transformers", "pipeline_tag": task}
     fields["license"] = licence if known else "other"
     if not known:
         fields["license_name"] = plain(manifest.licence)
@@ -179,7 +181,7 @@ def _measured(manifest: Manifest, chapters: Sequence[Chapter]) -> list[str]:
     if not losses:
         return []
     shown = sorted(losses)[-MAX_CARD_ROWS:]
-    rows = ["| version | made by | held-out loss, nats per token |", "|---|---|---|"]
+    rows = ["| version | made by | held-out loss |", "|---|---|---|"]
     rows += [f"| {version} | {made_by.get(version, '')} | {losses[version]:.4f} |" for version in shown]
     notes = []
     if evaluation is not None:
@@ -239,14 +241,17 @@ def _contributors(history: Sequence[Chapter], chapters: Sequence[Chapter]) -> li
 # -- what to do with it ------------------------------------------------------------------------------------------------
 
 
-def _how_to_load(manifest: Manifest) -> str:
+def _how_to_load(manifest: Manifest, sees: bool) -> str:
+    maker, reads, name = "CausalLM", "AutoTokenizer", "tokenizer"
+    if sees:
+        maker, reads, name = "ImageTextToText", "AutoProcessor", "processor"
     return (
         "## Load\n\n"
         "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from transformers import AutoModelFor{maker}, {reads}\n\n"
         f'folder = "{manifest.model}"  # this folder, or its name on a hub\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        f"{name} = {reads}.from_pretrained(folder)\n"
+        f"model = AutoModelFor{maker}.from_pretrained(folder)\n"
         "```"
     )
 

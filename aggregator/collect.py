@@ -35,6 +35,7 @@ from rankup.versions import retained_key
 BATCH: Final = 1000
 """Deletions between two looks at the records."""
 PARALLEL: Final = 8
+UPLOADS: Final = "uploads/"
 
 Progress = Callable[[int, int], None]
 """Called with the objects done, and how many there are."""
@@ -49,6 +50,9 @@ class Collected:
     removed_bytes: int = 0
     spared: int = 0
     """Planned, but asked for by a record that appeared meanwhile."""
+    unfinished: int = 0
+    """Uploads in parts that were begun longer ago than the grace period and never put together: they are ended. Who
+    goes on with one after all begins again."""
 
 
 def collect(
@@ -70,10 +74,14 @@ def collect(
         ConflictError: another one collects at the same time.
     """
     plan = plan_retention(read_inventory(store, publisher_key=publisher_key), rules, now=clock())
+    old = clock() - rules.grace_s
+    unfinished = [upload for upload in store.open_uploads(UPLOADS) if upload.begun_at < old]
     if dry_run:
-        return Collected(plan)
+        return Collected(plan, unfinished=len(unfinished))
     if approve is not None and plan.removals:
         approve(plan)
+    for upload in unfinished:
+        store.abort_upload(upload.key, upload.upload_id)
     _announce(store, plan.retained.values())
     allowed = {removal.key for removal in plan.removals}
     removed: list[Removal] = []
@@ -95,7 +103,8 @@ def collect(
                 progress(min(start + BATCH, len(plan.removals)), len(plan.removals))
     if plan.removals:
         _check(store, rules, removed, publisher_key, clock())
-    return Collected(plan, len(removed), sum(one.size_bytes for one in removed), len(plan.removals) - len(removed))
+    removed_bytes = sum(one.size_bytes for one in removed)
+    return Collected(plan, len(removed), removed_bytes, len(plan.removals) - len(removed), len(unfinished))
 
 
 def _check(store: Store, rules: Rules, removed: Iterable[Removal], publisher_key: str | None, now: float) -> None:

@@ -8,8 +8,9 @@ negative one, a random one about none. The loss of the whole step (`aggregator.l
 has the volunteer's overfitting to its own shard in it, which bends the loss upwards further out. It cannot be left out
 either: harm that only begins further out has no slope.
 
-What always holds: rows are made into tokens and scored as `aggregator.evaluate` does, in float32 on the CPU; the
-weights are not changed. Memory is the model, one gradient for each weight of `names`, and one delta's factors.
+What always holds: rows are scored as `aggregator.evaluate` does, in float32 on the CPU; the weights are not changed.
+Where the loss is no weighted sum of log-probabilities, a pass before gives the weights that it has here. Memory is the
+model, one gradient for each weight of `names`, and one delta's factors.
 
 It does not decide which descent is enough: `aggregator.screening` does.
 """
@@ -23,7 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from aggregator.evaluate import batch_nats, encode_rows, in_batches, limited_threads, load_model, load_tokenizer
+from aggregator.evaluate import (
+    batch_log_probs,
+    in_batches,
+    limited_threads,
+    load_model,
+    load_tokenizer,
+    padding_of,
+    weights_of,
+)
+from aggregator.heldout import read_heldout
 from aggregator.losses import balanced, require_shape, weight_places
 from aggregator.lowrank import Source
 from rankup.errors import InputError
@@ -37,20 +47,23 @@ def heldout_descents(
     *,
     max_tokens: int,
     max_rows: int,
+    assistant_only: bool = False,
     batch_size: int = 8,
     threads: int | None = None,
 ) -> list[float]:
-    """-<gradient of the held-out loss, B·A> of each delta, in nats per scored token.
+    """-<gradient of the held-out loss, B·A> of each delta, in the unit of `aggregator.heldout`.
 
     Args:
         deltas, names: as `aggregator.losses.heldout_losses` takes them.
         max_rows: only so many rows, the first ones, are looked at.
+        assistant_only: of `messages`, score the assistant's words alone.
 
-    Raises InputError: no row has a token to score, the folder holds no usable model, a name is no weight of it, or
+    Raises InputError: the rows cannot be scored, the folder holds no usable model, a name is no weight of it, or
     factors do not have the shape of their weight; and what a delta raises when it is read.
     """
-    tokenizer = load_tokenizer(folder)
-    examples = encode_rows(tokenizer, rows[:max_rows], max_tokens)
+    tokenizer = load_tokenizer(folder, rows)
+    heldout = read_heldout(tokenizer, rows, max_tokens=max_tokens, max_rows=max_rows, assistant_only=assistant_only)
+    pad = padding_of(tokenizer)
     with limited_threads(threads):
         model = load_model(folder)
         places = weight_places(model)
@@ -60,9 +73,10 @@ def heldout_descents(
         model.requires_grad_(False)
         for name in names:
             places[name].weight.requires_grad_(True)
-        tokens = sum(len(example.ids) - example.scored_from for example in examples)
-        for batch in in_batches(examples, batch_size, int(model.config.get_text_config().vocab_size)):
-            (batch_nats(model, batch, tokenizer.pad_token_id or 0) / tokens).backward()
+        weights = iter(weights_of(model, heldout, batch_size, pad))
+        for batch in in_batches(heldout.examples, batch_size, int(model.config.get_text_config().vocab_size)):
+            log_probs = batch_log_probs(model, batch, pad)
+            sum(log_prob * next(weights) for log_prob in log_probs).backward()
         gradients = {name: places[name].weight.grad for name in names}
         return [_descent(gradients, delta) for delta in deltas]
 

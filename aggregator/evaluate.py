@@ -1,9 +1,8 @@
 """How good a version is: its loss on held-out rows, and its answer to one question.
 
 What always holds:
-- loss is the mean over all scored tokens of all rows, in nats per token, so a long answer counts more than a short one;
-- tokens are made and scored as TRL's `SFTTrainer` does with `completion_only_loss`: of a prompt with a completion only
-  the completion counts, of `text` and `messages` everything but the first token; plain text ends with the end mark;
+- tokens are made and masked as TRL's trainers do (`aggregator.encoding`), and what is made of their log-probabilities
+  depends on the kind of rows (`aggregator.heldout`);
 - weights and arithmetic are float32 on the CPU, nothing is drawn at random: the same folder, rows and number of threads
   give the same number on the same machine. Another machine may differ in the last digits.
 
@@ -12,14 +11,16 @@ It does not decide whether a version may be released, and never runs code that a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aggregator.encoding import Example, chat_ids, plain_ids
+from aggregator.heldout import Heldout, read_heldout
 from rankup.errors import InputError
+from rankup.vision import auto_model, load_processor
 
 MAX_LOGITS = 2**27
 """Most logits held at once (float32: 512 MiB); a batch is made smaller to keep to it."""
@@ -27,19 +28,11 @@ MAX_LOGITS = 2**27
 
 @dataclass(frozen=True)
 class Loss:
-    """Held-out loss in nats per token over `tokens` scored tokens of `examples` rows."""
+    """Held-out loss over `tokens` scored tokens of `examples` rows; its unit is `aggregator.heldout`'s."""
 
     loss: float
     examples: int
     tokens: int
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as tokens. `ids[scored_from:]` are predicted; `scored_from` is at least 1."""
-
-    ids: tuple[int, ...]
-    scored_from: int
 
 
 def heldout_loss(
@@ -47,78 +40,31 @@ def heldout_loss(
     rows: Sequence[Mapping[str, Any]],
     *,
     max_tokens: int,
+    assistant_only: bool = False,
     batch_size: int = 8,
     threads: int | None = None,
 ) -> Loss:
-    """Score the model in `folder` on `rows`, each of the shape text, messages or prompt/completion.
+    """Score the model in `folder` on `rows`, all of one kind of `aggregator.heldout`.
 
     Args:
         max_tokens: longer rows are cut at the end; a row whose prompt fills them all is left out.
-        batch_size: most rows scored at once; changes the speed and at most the last digits.
+        assistant_only: of `messages`, score the assistant's words alone.
+        batch_size: most sequences scored at once; changes the speed and at most the last digits.
         threads: of the arithmetic; None leaves torch's setting.
 
     Raises:
-        InputError: a row has none of these shapes, no row has a token to score, or the folder holds no usable model.
+        InputError: what `aggregator.heldout.read_heldout` raises, or the folder holds no usable model.
     """
     import torch
 
     if max_tokens < 2 or batch_size < 1:
         raise InputError(f"cannot score {max_tokens} tokens a row in batches of {batch_size}")
-    tokenizer = load_tokenizer(folder)
-    examples = encode_rows(tokenizer, rows, max_tokens)
+    tokenizer = load_tokenizer(folder, rows)
+    heldout = read_heldout(tokenizer, rows, max_tokens=max_tokens, assistant_only=assistant_only)
     with limited_threads(threads), torch.inference_mode():
         model = load_model(folder)
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        batches = in_batches(examples, batch_size, vocabulary)
-        sums = [float(batch_nats(model, batch, tokenizer.pad_token_id or 0)) for batch in batches]
-    tokens = sum(len(example.ids) - example.scored_from for example in examples)
-    return Loss(loss=math.fsum(sums) / tokens, examples=len(examples), tokens=tokens)
-
-
-def encode_rows(tokenizer: Any, rows: Sequence[Mapping[str, Any]], max_tokens: int) -> list[Example]:
-    """The rows that have a token to score, by their length: what shares a batch then needs little padding.
-
-    Raises:
-        InputError: no row has one, and what `encode` raises.
-    """
-    examples = [example for row in rows if (example := encode(tokenizer, row, max_tokens)) is not None]
-    if not examples:
-        raise InputError(f"none of the {len(rows)} held-out rows has a token to score within {max_tokens} tokens")
-    return sorted(examples, key=lambda example: (len(example.ids), example.ids))
-
-
-def encode(tokenizer: Any, row: Mapping[str, Any], max_tokens: int) -> Example | None:
-    """A row as tokens, cut to `max_tokens`; None when nothing of it is left to score.
-
-    The completion starts where the tokens of the prompt (with the mark that opens an answer) and those of prompt and
-    completion together first differ.
-
-    Raises:
-        InputError: the row has none of the shapes, or is a conversation and the tokenizer has no chat template.
-    """
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            opening = _plain_ids(tokenizer, prompt)
-            whole = _plain_ids(tokenizer, prompt + _ended(tokenizer, completion))
-        elif isinstance(prompt, list) and isinstance(completion, list):
-            opening = _chat_ids(tokenizer, prompt, opens_answer=True)
-            whole = _chat_ids(tokenizer, prompt + completion)
-        else:
-            raise InputError("prompt and completion must both be text or both be lists of messages")
-        scored_from = next((n for n, (a, b) in enumerate(zip(opening, whole, strict=False)) if a != b), None)
-        if scored_from is None:
-            scored_from = min(len(opening), len(whole))
-    elif isinstance(row.get("messages"), list):
-        whole, scored_from = _chat_ids(tokenizer, row["messages"]), 0
-    elif isinstance(row.get("text"), str):
-        whole, scored_from = _plain_ids(tokenizer, _ended(tokenizer, row["text"])), 0
-    else:
-        raise InputError(f"a held-out row needs text, messages, or prompt and completion; it has {sorted(row)}")
-    ids = tuple(whole[:max_tokens])
-    # The first token has nothing before it that could predict it.
-    scored_from = max(scored_from, 1)
-    return Example(ids, scored_from) if scored_from < len(ids) else None
+        log_probs = log_probs_of(model, heldout, batch_size, padding_of(tokenizer))
+        return Loss(loss=float(heldout.loss(log_probs)), examples=heldout.rows, tokens=heldout.tokens)
 
 
 def answer(folder: Path, question: str, *, max_new_tokens: int = 64, threads: int | None = None) -> str:
@@ -132,9 +78,9 @@ def answer(folder: Path, question: str, *, max_new_tokens: int = 64, threads: in
 
     tokenizer = load_tokenizer(folder)
     if tokenizer.chat_template:
-        ids = _chat_ids(tokenizer, [{"role": "user", "content": question}], opens_answer=True)
+        ids = chat_ids(tokenizer, [{"role": "user", "content": question}], opens_answer=True)
     else:
-        ids = _plain_ids(tokenizer, question)
+        ids = plain_ids(tokenizer, question)
     with limited_threads(threads), torch.inference_mode():
         model = load_model(folder)
         stops = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
@@ -151,26 +97,40 @@ def answer(folder: Path, question: str, *, max_new_tokens: int = 64, threads: in
     return str(tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True)).strip()
 
 
+def _as_list(value: int | list[int] | None) -> list[int | None]:
+    return [*value] if isinstance(value, list) else [value]
+
+
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Of a local folder, without its code. Raises InputError where it holds no usable one."""
-    from transformers import AutoTokenizer
+def load_tokenizer(folder: Path, rows: Sequence[Mapping[str, Any]] = ()) -> Any:
+    """Of a local folder, without its code: for rows with images the processor of a vision-language model.
 
+    Raises InputError where it holds no usable one.
+    """
+    import transformers
+
+    if any("images" in row for row in rows):
+        return load_processor(transformers, folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as exc:
         raise InputError(f"{folder} holds no usable tokenizer: {exc}") from exc
+
+
+def padding_of(tokenizer: Any) -> int:
+    """The token that fills up a batch, of a tokenizer or a processor."""
+    return int(getattr(tokenizer, "tokenizer", tokenizer).pad_token_id or 0)
 
 
 def load_model(folder: Path) -> Any:
     """In float32 on the CPU, in evaluation mode, without its code. Raises InputError where there is no usable one."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_model(transformers, folder).from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, ImportError) as exc:
@@ -192,52 +152,16 @@ def limited_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# -- tokens ------------------------------------------------------------------------------------------------------------
-
-
-def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text=text, verbose=False)["input_ids"])
-
-
-def _chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, opens_answer: bool = False) -> list[int]:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise InputError(
-            "the rows are conversations, but the model's tokenizer has no chat template",
-            remedy="Choose an instruct or chat model as the base, or a dataset of text or plain prompts.",
-        )
-    try:
-        whole = tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=opens_answer,
-            tokenize=True,
-            return_dict=True,
-            tokenizer_kwargs={"verbose": False},
-        )
-    except (TemplateError, TypeError, ValueError) as exc:
-        raise InputError(f"the model's chat template does not take this conversation: {exc}") from exc
-    return list(whole["input_ids"])
-
-
-def _ended(tokenizer: Any, text: str) -> str:
-    """Plain text as TRL trains on it: with the end mark, once."""
-    end = tokenizer.eos_token or ""
-    return text if text.endswith(end) else text + end
-
-
-def _as_list(value: int | list[int] | None) -> list[int | None]:
-    return [*value] if isinstance(value, list) else [value]
-
-
 # -- scoring -----------------------------------------------------------------------------------------------------------
 
 
 def in_batches(examples: Sequence[Example], batch_size: int, vocabulary: int) -> Iterator[list[Example]]:
-    """Consecutive examples, sorted by length, in batches within `batch_size` and `MAX_LOGITS`."""
+    """Consecutive examples, sorted by length, in batches within `batch_size` and `MAX_LOGITS`; one with images is a
+    batch of its own."""
     batch: list[Example] = []
     for example in examples:
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(example.ids) * vocabulary > MAX_LOGITS):
+        full = len(batch) == batch_size or example.pictured is not None
+        if batch and (full or (len(batch) + 1) * len(example.ids) * vocabulary > MAX_LOGITS):
             yield batch
             batch = []
         batch.append(example)
@@ -245,8 +169,31 @@ def in_batches(examples: Sequence[Example], batch_size: int, vocabulary: int) ->
         yield batch
 
 
-def batch_nats(model: Any, batch: Sequence[Example], pad: int) -> Any:
-    """Sum of -ln p over the scored tokens of a batch: a float64 tensor without dimensions."""
+def log_probs_of(model: Any, heldout: Heldout, batch_size: int, pad: int) -> Any:
+    """ln p of each example, summed over its scored tokens: a float64 tensor (examples,)."""
+    import torch
+
+    batches = in_batches(heldout.examples, batch_size, int(model.config.get_text_config().vocab_size))
+    return torch.cat([batch_log_probs(model, batch, pad) for batch in batches])
+
+
+def weights_of(model: Any, heldout: Heldout, batch_size: int, pad: int) -> list[float]:
+    """The derivative of the loss by the log-probability of each example."""
+    import torch
+
+    if heldout.is_linear:
+        log_probs = torch.zeros(len(heldout.examples), dtype=torch.float64)
+    else:
+        with torch.no_grad():
+            log_probs = log_probs_of(model, heldout, batch_size, pad)
+    log_probs.requires_grad_(True)
+    heldout.loss(log_probs).backward()
+    weights: list[float] = log_probs.grad.tolist()
+    return weights
+
+
+def batch_log_probs(model: Any, batch: Sequence[Example], pad: int) -> Any:
+    """ln p of each example of a batch, summed over its scored tokens: a float64 tensor (rows,)."""
     import torch
 
     longest = max(len(example.ids) for example in batch)
@@ -256,9 +203,11 @@ def batch_nats(model: Any, batch: Sequence[Example], pad: int) -> Any:
     for row, example in enumerate(batch):
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
         mask[row, : len(example.ids)] = 1
-        scored[row, example.scored_from : len(example.ids)] = True
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (rows, tokens, vocabulary)
+        scored[row, : len(example.ids)] = torch.tensor(example.scored)
+    pixels = batch[0].pictured.pixels() if batch[0].pictured is not None else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **pixels).logits  # (rows, tokens, vocabulary)
     chosen = scored[:, 1:]
     # The logits at one place predict the token at the next.
     nats = torch.nn.functional.cross_entropy(logits[:, :-1][chosen].float(), ids[:, 1:][chosen], reduction="none")
-    return nats.double().sum()
+    rows = chosen.nonzero()[:, 0]
+    return torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, -nats.double())

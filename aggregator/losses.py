@@ -10,8 +10,8 @@ How a delta B·A is added, by the module that holds the weight (factors are in t
     anything else              W + B A, in place    vectors (biases, norms), stacked experts (E, d1, d2), subclasses
 
 What always holds:
-- rows are made into tokens and scored as `aggregator.evaluate` does, and with the same rows the base's loss is the same
-  number; weights and arithmetic are float32 on the CPU;
+- rows are scored as `aggregator.evaluate` does, and with the same rows the base's loss is the same number; weights and
+  arithmetic are float32 on the CPU;
 - a weight that two modules share (an embedding tied to the head) changes in both;
 - after each delta the model is the base again, bit for bit: hooks are removed, and what was changed in place is put
   back from a copy. Memory is the base, one delta's factors, and copies of the weights that are changed in place.
@@ -21,7 +21,6 @@ It does not decide which loss is good enough: `aggregator.screening` does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,15 +30,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregator.evaluate import (
-    Example,
-    batch_nats,
-    encode_rows,
-    in_batches,
-    limited_threads,
-    load_model,
-    load_tokenizer,
-)
+from aggregator.evaluate import limited_threads, load_model, load_tokenizer, log_probs_of, padding_of
+from aggregator.heldout import read_heldout
 from aggregator.lowrank import Source
 from rankup.errors import InputError
 from rankup.fixedpoint import Factors
@@ -61,11 +53,12 @@ def heldout_losses(
     *,
     max_tokens: int,
     max_rows: int,
+    assistant_only: bool = False,
     batch_size: int = 8,
     threads: int | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[float, list[float]]:
-    """Losses in nats per scored token of the model in `folder`, and of it with each delta alone.
+    """Losses, in the unit of `aggregator.heldout`, of the model in `folder`, and of it with each delta alone.
 
     Args:
         deltas: each is asked for the factors of every name in `names`; none for a weight that it does not change.
@@ -73,28 +66,28 @@ def heldout_losses(
         names: the weights, as the model's state dict names them.
         max_tokens: longer rows are cut; a row whose prompt fills them all is left out.
         max_rows: only so many rows, the first ones, are looked at.
+        assistant_only: of `messages`, score the assistant's words alone.
         threads: of the arithmetic; None leaves torch's setting.
         progress: called with (0, the base's loss), then with (i, loss) after the i-th delta, from 1.
 
     A delta that drives the model to NaN has a loss that is not finite, which is an answer and no error.
 
-    Raises InputError: no row has a token to score, the folder holds no usable model, a name is no weight of it, or
+    Raises InputError: the rows cannot be scored, the folder holds no usable model, a name is no weight of it, or
     factors do not have the shape of their weight; and what a delta raises when it is read.
     """
     import torch
 
     if max_tokens < 2 or max_rows < 1 or batch_size < 1:
         raise InputError(f"cannot score {max_rows} rows of {max_tokens} tokens in batches of {batch_size}")
-    tokenizer = load_tokenizer(folder)
-    examples = encode_rows(tokenizer, rows[:max_rows], max_tokens)
+    tokenizer = load_tokenizer(folder, rows)
+    heldout = read_heldout(tokenizer, rows, max_tokens=max_tokens, max_rows=max_rows, assistant_only=assistant_only)
     with limited_threads(threads), torch.inference_mode():
         model = load_model(folder)
         places = weight_places(model)
-        batches = list(in_batches(examples, batch_size, int(model.config.get_text_config().vocab_size)))
-        pad = tokenizer.pad_token_id or 0
+        pad = padding_of(tokenizer)
 
         def measure(number: int) -> float:
-            loss = _loss(model, batches, pad)
+            loss = float(heldout.loss(log_probs_of(model, heldout, batch_size, pad)))
             if progress is not None:
                 progress(number, loss)
             return loss
@@ -104,11 +97,6 @@ def heldout_losses(
             with added(places, delta, names):
                 losses.append(measure(number))
     return base, losses
-
-
-def _loss(model: Any, batches: Sequence[Sequence[Example]], pad: int) -> float:
-    tokens = sum(len(example.ids) - example.scored_from for batch in batches for example in batch)
-    return math.fsum(float(batch_nats(model, batch, pad)) for batch in batches) / tokens
 
 
 # -- base + delta ------------------------------------------------------------------------------------------------------

@@ -269,10 +269,12 @@ def _results(manifest: Manifest) -> Component:
     if manifest.evaluation is None:
         return _closed("Evaluation results", "this version was not measured")
     evaluation = manifest.evaluation
+    of_preferences = manifest.recipe is not None and manifest.recipe.method in ("dpo", "kto")
+    unit = "of preferences" if of_preferences else "nats per token"
     return Component(
         name="Evaluation results",
         state="partly",
-        what=f"held-out loss {evaluation.heldout_loss:.4f} nats per token, on {evaluation.examples} examples",
+        what=f"held-out loss {evaluation.heldout_loss:.4f} {unit}, on {evaluation.examples} examples",
         where="the signed manifest",
         check="only the publisher can measure it again: the rows are secret",
     )

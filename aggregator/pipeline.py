@@ -173,10 +173,9 @@ class Pipeline:
             descents={digest: value for part in found for digest, value in part.descents.items()},
         )
 
-    def _audited(
-        self, record: RoundRecord, submission: Submission, valid_in_a_row: int
-    ) -> tuple[RoundRecord, Manifest] | None:
-        """If the delta is to be audited: the round that it was trained for, and the version that it was trained on."""
+    def _audited(self, record: RoundRecord, submission: Submission, valid_in_a_row: int) -> tasks.TrainedIn | None:
+        """If the delta is to be audited: the round that it was trained for, and the versions that it was trained on and
+        with."""
         statement = submission.statement
         age = record.staleness(statement.base_manifest)
         if self._retrain is None or age is None:
@@ -189,7 +188,10 @@ class Pipeline:
         trained_in = tasks.stored_round(self._store(), statement.round_id) if late else record
         if trained_in is None:
             return None
-        return trained_in, self._load(record.request.model, record.base_version - age, statement.base_manifest)
+        base = self._load(record.request.model, record.base_version - age, statement.base_manifest)
+        taught_by = trained_in.teacher
+        teacher = None if taught_by is None else self._load(taught_by.model, taught_by.version, taught_by.manifest)
+        return tasks.TrainedIn(trained_in, base, teacher)
 
     def _store(self) -> Store:
         return tasks.store_from_wire(self._store_wire)

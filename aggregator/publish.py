@@ -41,6 +41,7 @@ from rankup.versions import (
     require_asked,
     seal,
 )
+from rankup.vision import has_processor
 
 README = "README.md"
 MADE_ANEW = (README, INDEX, OPENNESS, OPENNESS_JSON, CONTRIBUTIONS_NAME)
@@ -89,7 +90,7 @@ def version_files(
     """
     record = assess(manifest, datasets)
     made = {
-        README: model_card(manifest, history).encode(),
+        README: model_card(manifest, history, sees=has_processor(file.path for file in carried)).encode(),
         OPENNESS: openness_card(record).encode(),
         OPENNESS_JSON: json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False).encode() + b"\n",
     }

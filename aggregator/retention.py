@@ -52,7 +52,7 @@ class RoundTrace:
 
     model: str
     bases: frozenset[str]
-    """Digests of the manifests that its contributions may be trained on."""
+    """Digests of the manifests that its contributions may be trained on, and of its teacher's."""
     base_version: int
     shards: frozenset[str]
     contributions: frozenset[str]

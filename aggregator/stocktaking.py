@@ -204,9 +204,10 @@ class _Reading:
                 record = RoundRecord.model_validate_json(self._store.get(round_key(name), max_bytes=MAX_ROUND_BYTES))
             except ValidationError as exc:
                 raise IntegrityError(f"the record of round {name} cannot be read") from exc
+            teacher = () if record.teacher is None else (record.teacher.manifest,)
             rounds[name] = RoundTrace(
                 model=record.request.model,
-                bases=frozenset((record.base_manifest, *record.older_bases)),
+                bases=frozenset((record.base_manifest, *record.older_bases, *teacher)),
                 base_version=record.base_version,
                 shards=frozenset(ref.sha256 for ref in record.shards),
                 contributions=frozenset(found[2] for found, _ in receipts.pop(name, ())),

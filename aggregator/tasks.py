@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial, wraps
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -64,8 +64,17 @@ EVALUATION_THREADS = 4
 Purpose = Literal["loss", "descent"]
 """What contributions are measured for: see `aggregator.losses` and `aggregator.descent`."""
 
-Retrain = Callable[[Store, RoundRecord, Submission, Path, Path], Path]
-"""(store, record, submission, base folder, scratch folder): trains a lease's shards again; the delta's path."""
+Retrain = Callable[[Store, RoundRecord, Submission, Path, Path | None, Path], Path]
+"""(store, record, submission, folder of the base, of its teacher, for scratch): trains a lease's shards again; the
+delta's path."""
+
+
+class TrainedIn(NamedTuple):
+    """What a delta was trained in and on."""
+
+    record: RoundRecord
+    base: Manifest
+    teacher: Manifest | None = None
 
 
 P = ParamSpec("P")
@@ -153,41 +162,48 @@ def _admit(
     submission: Submission,
     max_delta_bytes: int,
     now: float,
-    trained_in: tuple[RoundRecord, Manifest] | None,
+    trained_in: TrainedIn | None,
     retrain: Retrain | None,
     folder: Path,
 ) -> Receipt:
     """`trained_in` and `retrain` are given where the delta is to be audited: the round that it was trained for, earlier
-    than `round_id` where it is late, and the version that it was trained on."""
+    than `round_id` where it is late, and the versions that it was trained on and with."""
     store, record = store_from_wire(store_wire), _record_of(store_wire, round_id)
     audit = None
     if trained_in is not None and retrain is not None:
-        audit = partial(_audit, store, *trained_in, submission, retrain, folder)
+        audit = partial(_audit, store, trained_in, submission, retrain, folder)
     return admit(store, record, submission, max_delta_bytes=max_delta_bytes, now=now, audit=audit)
 
 
 def _audit(
     store: Store,
-    record: RoundRecord,
-    parent: Manifest,
+    trained_in: TrainedIn,
     submission: Submission,
     retrain: Retrain,
     folder: Path,
     delta: Path,
 ) -> Check:
     folder.mkdir(parents=True, exist_ok=True)
+    record = trained_in.record
     with tempfile.TemporaryDirectory(dir=folder, prefix="audit-") as scratch:
-        base = Path(scratch) / "base"
-        base.mkdir()
-        checkout(store, parent, folder / "blobs", base)
+        base = _checked_out(store, trained_in.base, folder, Path(scratch) / "base")
+        teacher = None
+        if trained_in.teacher is not None:
+            teacher = _checked_out(store, trained_in.teacher, folder, Path(scratch) / "teacher")
         try:
-            again = retrain(store, record, submission, base, Path(scratch))
+            again = retrain(store, record, submission, base, teacher, Path(scratch))
         except FatalError as exc:
             # Trouble of this machine (no room, a missing library) is no verdict on the volunteer's work.
             log.warning("audit_failed", contribution=submission.statement.sha256, cause=exc.cause)
             return Check(name="audit", passed=True, detail=f"the shards could not be trained again: {exc.cause}"[:4096])
         with DeltaReader.open(delta) as left, DeltaReader.open(again) as right:
             return judge(agreement(factors_of(left), factors_of(right), sorted(record.targets)))
+
+
+def _checked_out(store: Store, version: Manifest, cache: Path, folder: Path) -> Path:
+    folder.mkdir()
+    checkout(store, version, cache / "blobs", folder)
+    return folder
 
 
 # -- the cohort --------------------------------------------------------------------------------------------------------
@@ -214,8 +230,9 @@ def _measure(
 
     store, names = store_from_wire(store_wire), sorted(record.targets)
     rows, deltas = _drawn_rows(store, record, purpose), _fetched(store, contributions, names)
-    max_tokens = record.request.recipe.max_tokens
-    limits: dict[str, Any] = {"max_tokens": max_tokens, "max_rows": max_rows, "threads": _threads()}
+    recipe = record.request.recipe
+    limits: dict[str, Any] = {"max_tokens": recipe.max_tokens, "max_rows": max_rows, "threads": _threads()}
+    limits["assistant_only"] = recipe.assistant_only
     digests = [ref.sha256 for ref in contributions]
     with _base(store, parent, folder) as base:
         if purpose == "descent":
@@ -288,7 +305,13 @@ def _evaluate(
     def measure(version: Manifest) -> Any:
         with tempfile.TemporaryDirectory(dir=folder, prefix="version-") as path:
             checkout(store, version, blobs, Path(path))
-            return heldout_loss(Path(path), rows, max_tokens=recipe.max_tokens, threads=_threads())
+            return heldout_loss(
+                Path(path),
+                rows,
+                max_tokens=recipe.max_tokens,
+                assistant_only=recipe.assistant_only,
+                threads=_threads(),
+            )
 
     folder.mkdir(parents=True, exist_ok=True)
     loss = measure(manifest)

@@ -29,6 +29,7 @@ from coordinator.blobs import Outgoing
 from coordinator.catalogue import Catalogue
 from coordinator.gauges import Gauges
 from coordinator.ledger import Ledger, Worker
+from coordinator.link import Sink
 from coordinator.metrics import Tally
 from coordinator.people import require_welcome
 from coordinator.reporter import Reporter
@@ -70,6 +71,7 @@ class Desk:
         self.catalogue = Catalogue(deps.store, deps.publisher_key, clock=deps.clock)
         self.outgoing = Outgoing()
         self.spool = Spool(deps.store, deps.settings.spool_dir)
+        self.sink = Sink()
         self.tickets: TicketSigner | None = None
         """Only where the gateway takes the uploads itself."""
         if deps.settings.transfer == "proxied":

@@ -38,8 +38,7 @@ async def take_beat(valkey: Valkey, token_hash: str, lease_id: str, beat: Heartb
         str(beat.fence),
         repr(now),
         str(beat.step),
-        "" if beat.loss is None else repr(beat.loss),
-        "" if beat.tokens_per_s is None else repr(beat.tokens_per_s),
         str(SEEN_EVERY_S),
+        *("" if said is None else repr(said) for said in (beat.loss, beat.tokens_per_s, beat.grad_norm, beat.energy_j)),
     )
     return None if found is None else Taken(float(found[0]), float(found[1]))

@@ -110,6 +110,17 @@ def read_manifest(
     return manifest
 
 
+def read_version(store: Store, latest: Manifest, version: int, *, publisher_key: str | None = None) -> Manifest:
+    """An older version of the model of `latest`, which was checked: earlier keys that it names may have signed it.
+
+    Raises NotFoundError, IntegrityError.
+    """
+    data = _read_envelope(store, latest.model, version)
+    manifest, digest, _ = open_envelope(data, publisher_key=publisher_key, known_changes=latest.keys)
+    require_asked(manifest, digest, model=latest.model, version=version)
+    return manifest
+
+
 def read_card(store: Store, dataset: str) -> DatasetCard:
     """The card of a dataset, fresh. Raises NotFoundError, IntegrityError."""
     try:

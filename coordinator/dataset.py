@@ -31,10 +31,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from coordinator.imagerows import clean_row, features, parse_row
 from coordinator.rowfiles import Origin, Rows
-from coordinator.rows import RowError, clean_row, digest, encode_row, features, parse_row
+from coordinator.rows import RowError, digest, encode_row
 from rankup.errors import ConflictError, InputError, SetupError, StateError, TooLargeError
 from rankup.message import canonical_json
+from rankup.protocol import MAX_LEASE_BYTES
 from rankup.records import BlobRef, DatasetCard, PipelineStep
 from rankup.store import Store, put_blob
 from rankup.versions import dataset_key, heldout_key
@@ -86,8 +88,10 @@ def build_dataset(
     key = dataset_key(dataset)
     origin = Origin.of(rows)
     with _quiet_ray_data():
-        steps, heldout, training = _select(origin, heldout_rows, seed)
-        shards = tuple(put_blob(store, data) for data in _shards(training, steps[-1].rows_out, shard_rows))
+        shape, steps, heldout, training = _select(origin, heldout_rows, seed)
+        shards = tuple(
+            put_blob(store, _limited(data, "shard_rows")) for data in _shards(training, steps[-1].rows_out, shard_rows)
+        )
     heldout_ref = _put_heldout(store, dataset, heldout)
     kept = steps[-1].rows_out
     detail = f"{len(shards)} shards of {shard_rows} rows; the remainder is in the last one"
@@ -98,6 +102,7 @@ def build_dataset(
         licence=licence,
         rows=kept,
         heldout_rows=len(heldout),
+        shape=shape,
         shards=shards,
         heldout=heldout_ref,
         pipeline=tuple(steps),
@@ -188,15 +193,15 @@ class Decontaminate:
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
-def _select(origin: Origin, heldout_rows: int, seed: int) -> tuple[list[PipelineStep], list[str], Iterator[str]]:
-    """All steps up to the shuffle: their counts, the held-out rows, and the training rows in their final order."""
+def _select(origin: Origin, heldout_rows: int, seed: int) -> tuple[str, list[PipelineStep], list[str], Iterator[str]]:
+    """All steps up to the shuffle: the rows' shape, counts, rows that are held out, and those to train on, in order."""
     import ray
 
     refs = [ray.put(block) for block in _blocks(origin)]
     if not refs:
         raise InputError("there is no row to build a dataset from")
     cleaned = ray.data.from_arrow_refs(refs).map_batches(check_and_clean, **_BLOCKWISE).materialize()
-    steps = _checked(cleaned, origin)
+    shape, steps = _checked(cleaned, origin)
     unique = (
         cleaned.select_columns(["hash", "bucket", "row"])
         .groupby("bucket")
@@ -213,6 +218,11 @@ def _select(origin: Origin, heldout_rows: int, seed: int) -> tuple[list[Pipeline
             remedy="Add rows, or hold out fewer.",
         )
     heldout = _held_out(unique, heldout_rows)
+    if shape.startswith("unpaired") and len({json.loads(row)["label"] for row in heldout.values()}) == 1:
+        raise InputError(
+            f"the {heldout_rows} held-out rows are all good or all bad: they cannot tell who knows one from the other",
+            remedy="Hold out more rows, or add rows of the other label.",
+        )
     steps.append(
         PipelineStep(name="hold out", rows_in=left, rows_out=left - heldout_rows, detail="lowest salted hashes of rows")
     )
@@ -227,14 +237,14 @@ def _select(origin: Origin, heldout_rows: int, seed: int) -> tuple[list[Pipeline
     overlap = "rows with the prompt or the answer of a held-out row, or 13 words in a row of it"
     steps.append(PipelineStep(name="decontaminate", rows_in=left - heldout_rows, rows_out=kept, detail=overlap))
     steps.append(PipelineStep(name="shuffle", rows_in=kept, rows_out=kept, detail=f"seed {seed}"))
-    return steps, list(heldout.values()), _texts(training)
+    return shape, steps, list(heldout.values()), _texts(training)
 
 
 _BLOCKWISE: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 
 
-def _checked(cleaned: Any, origin: Origin) -> list[PipelineStep]:
-    """The first two steps; raises InputError for the first wrong row, and for rows of several shapes."""
+def _checked(cleaned: Any, origin: Origin) -> tuple[str, list[PipelineStep]]:
+    """The rows' shape and the first two steps; raises InputError for the first wrong row, and for several shapes."""
     first_of_shape: dict[str, int] = {}
     left_out: Counter[str] = Counter()
     wrong: tuple[int, str] | None = None
@@ -263,8 +273,11 @@ def _checked(cleaned: Any, origin: Origin) -> list[PipelineStep]:
     (shape,) = first_of_shape
     names = ", ".join(f"{name} ({count} rows)" for name, count in sorted(left_out.items())[:16])
     detail = f"shape: {shape}" + (f"; fields left out: {names}" if names else "")
-    cleaning = "Unicode NFC, no control characters, no space around; rows with an empty field are dropped"
-    return [
+    cleaning = (
+        "Unicode NFC, no control characters, no space around; "
+        "rows with an empty field, or with one answer as chosen and rejected, are dropped"
+    )
+    return shape, [
         PipelineStep(name="read", rows_in=total, rows_out=total, detail=detail[:4096]),
         PipelineStep(name="clean", rows_in=total, rows_out=total - empty, detail=cleaning),
     ]
@@ -306,6 +319,16 @@ def _shards(training: Iterator[str], total: int, shard_rows: int) -> Iterator[by
         yield _json_lines(next(training) for _ in range(size))
 
 
+def _limited(data: bytes, setting: str) -> bytes:
+    """The rows that one machine has to hold at once, which with images may be too large. Raises TooLargeError."""
+    if len(data) > MAX_LEASE_BYTES:
+        raise TooLargeError(
+            f"as many rows as {setting} says make {len(data)} bytes; {MAX_LEASE_BYTES} is the most",
+            remedy=f"Choose a lower {setting}, or make the images smaller.",
+        )
+    return data
+
+
 def _json_lines(rows: Iterable[str]) -> bytes:
     return "".join(f"{row}\n" for row in rows).encode()
 
@@ -336,7 +359,7 @@ def _quiet_ray_data() -> Iterator[None]:
 
 
 def _put_heldout(store: Store, dataset: str, rows: list[str]) -> BlobRef:
-    data = _json_lines(rows)
+    data = _limited(_json_lines(rows), "heldout_rows")
     ref = BlobRef(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
     # The key holds the hash: what is there already is the same.
     with contextlib.suppress(ConflictError):

@@ -46,6 +46,7 @@ from rankup.protocol import (
     LeasesAtWork,
     LeaseState,
     LeaseView,
+    LinkMeasured,
     Pointer,
     Problem,
     RestoreRequest,
@@ -60,6 +61,7 @@ from rankup.protocol import (
     UploadRequest,
     UploadTicket,
     VersionView,
+    WorkerView,
 )
 from rankup.recipe import Recipe
 from rankup.records import BlobRef, DatasetCard, Retained
@@ -87,7 +89,9 @@ EXAMPLES: Final[dict[str, Message]] = {
     "/v1/people/approve": ApproveRequest(workers=(_WORKER,)),
     "/v1/people/{worker_id}/ban": BanRequest(reason="copies of other people's deltas"),
     "/v1/leases": ClaimRequest(models=("tiny",), memory_bytes=8 * 1024**3, available_s=14_400.0),
-    "/v1/leases/{lease_id}/heartbeat": Heartbeat(fence=3, step=12, loss=2.93, tokens_per_s=410.0),
+    "/v1/leases/{lease_id}/heartbeat": Heartbeat(
+        fence=3, step=12, loss=2.93, tokens_per_s=410.0, grad_norm=0.84, energy_j=5120.0
+    ),
     "/v1/leases/{lease_id}/return": ReturnRequest(fence=3, reason="the machine is needed for a game"),
     "/v1/leases/{lease_id}/restore": RestoreRequest(voucher=_VOUCHER),
     "/v1/leases/{lease_id}/upload": UploadRequest(fence=3, sha256=_DELTA, size_bytes=_BYTES),
@@ -159,6 +163,10 @@ _ROUND_VIEW = RoundView(
     leased=1,
     submitted=0,
     accepted=1,
+    lease_target_s=1_200.0,
+    shard_s=61.5,
+    delta_bytes=_BYTES,
+    shard_bytes=61_440,
 )
 _VERSION = VersionView(
     model="tiny",
@@ -240,6 +248,7 @@ _MODELS: Final[tuple[BaseModel, ...]] = (
         max_delta_bytes=2 * 1024**3,
     ),
     Enrolled(worker_id=_WORKER, token="shown-once-and-then-only-its-hash-is-kept", publisher_key=_KEY),  # noqa: S106
+    WorkerView(worker_id=_WORKER, name="ada", team="lovelace", standing=Standing.MEMBER),
     ClaimAnswer(lease=_GRANT),
     HeartbeatAnswer(go_on=True, heartbeat_s=15.0, expires_at=_OPENED_AT + 1_275),
     UploadTicket(
@@ -264,6 +273,8 @@ _MODELS: Final[tuple[BaseModel, ...]] = (
                 steps=25,
                 loss=2.93,
                 tokens_per_s=410.0,
+                grad_norm=0.84,
+                energy_j=5120.0,
                 granted_at=_OPENED_AT + 60,
                 seen_at=_OPENED_AT + 90,
                 done_at=_OPENED_AT + 122.5,
@@ -272,6 +283,7 @@ _MODELS: Final[tuple[BaseModel, ...]] = (
     ),
     Pointer(model="tiny", version=1, manifest=_DIGEST, updated_at=_OPENED_AT + 4_000),
     Retained(model="tiny"),
+    LinkMeasured(size_bytes=65_536, seconds=0.21),
     NewToken(token="shown-once-and-then-only-its-hash-is-kept", expires_at=_OPENED_AT + 7_776_000),  # noqa: S106
     NewInvite(code="i-4f2a9c1b-0f1e2d3c4b5a69788796", invite=_INVITE),
     Invites(invites=(_INVITE,)),

@@ -7,6 +7,7 @@
     routes_people.py   join, leaderboard; invites, approvals, bans; people.py, people_*.py, actions.py, audited.py
     routes_worker.py   claim, heartbeat, return, restore, upload, submit; vouchers.py, adopting.py
     routes_upload.py   deltas that come through the gateway; tickets.py, spool.py
+    routes_link.py     how fast bytes go between a volunteer and here; link.py
     routes_round.py    look at rounds; open, close and cancel them
     routes_model.py    models, versions, blobs, datasets, health; blobs.py
     routes_page.py     the status page
@@ -24,9 +25,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.types import Scope
 
 from coordinator import (
     openapi,
+    routes_link,
     routes_metrics,
     routes_model,
     routes_page,
@@ -64,12 +67,16 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     )
     app.state.desk = desk
     install_handlers(app)
-    rooms = (routes_model, routes_worker, routes_people, routes_upload, routes_round, routes_page, routes_metrics)
-    for module in rooms:
+    volunteers = (routes_worker, routes_people, routes_upload, routes_link)
+    for module in (routes_model, *volunteers, routes_round, routes_page, routes_metrics):
         app.include_router(module.router)
     openapi.install(app)
     # The last one added is the outermost: even a refusal of BodyLimit carries the request id and the headers.
-    app.add_middleware(BodyLimit, max_bytes=deps.settings.max_body_bytes, streams=routes_upload.is_upload)
+    app.add_middleware(BodyLimit, max_bytes=deps.settings.max_body_bytes, streams=_counts_for_itself)
     app.add_middleware(RateLimit, settings=deps.settings, tally=desk.tally)
     app.add_middleware(Envelope, tally=desk.tally)
     return app
+
+
+def _counts_for_itself(scope: Scope) -> bool:
+    return routes_upload.is_upload(scope) or routes_link.is_link(scope)

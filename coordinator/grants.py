@@ -74,6 +74,7 @@ def grant_of(
         shard_links=tuple(BlobLink(sha256=blob.sha256, size_bytes=blob.size_bytes, url=url) for blob, url in shards),
         recipe=record.request.recipe.at_tier(lease.rank),
         seed=seed_of(lease.round_id, lease.lease_id),
+        teacher=record.teacher,
         targets=_targets(lease, record),
         max_delta_bytes=max_upload_bytes(lease, record, cap_bytes),
         expires_at=lease.expires_at,

@@ -61,6 +61,9 @@ class Lease:
     """Training steps done, by the last heartbeat."""
     loss: float | None = None
     tokens_per_s: float | None = None
+    grad_norm: float | None = None
+    energy_j: float | None = None
+    """Joules so far."""
     contribution: str | None = None
     """sha256 of the delta that was handed in."""
     verdict: str = ""
@@ -116,6 +119,8 @@ class Beat:
     """Those that are done."""
     loss: float | None = None
     tokens_per_s: float | None = None
+    grad_norm: float | None = None
+    energy_j: float | None = None
 
 
 @dataclass(frozen=True)
@@ -366,8 +371,10 @@ def _beat(lease: Lease, event: Beat, now: float) -> Outcome:
         lease,
         # A heartbeat that overtook a later one must not turn the progress back.
         step=max(lease.step, event.step),
-        loss=event.loss if event.loss is not None else lease.loss,
-        tokens_per_s=event.tokens_per_s if event.tokens_per_s is not None else lease.tokens_per_s,
+        loss=_newer(event.loss, lease.loss),
+        tokens_per_s=_newer(event.tokens_per_s, lease.tokens_per_s),
+        grad_norm=_newer(event.grad_norm, lease.grad_norm),
+        energy_j=_newer(event.energy_j, lease.energy_j),
     )
     if lease.state is LeaseState.GRANTED:
         extended = replace(progress, expires_at=now + event.lease_s)
@@ -375,6 +382,10 @@ def _beat(lease: Lease, event: Beat, now: float) -> Outcome:
     if lease.state is LeaseState.EXPIRED:
         return progress, ()  # The shards may be someone else's now; a finished delta is still welcome.
     raise _refuse(lease, "take a heartbeat", "Stop the heartbeat of this lease and claim the next one.")
+
+
+def _newer(said: float | None, before: float | None) -> float | None:
+    return before if said is None else said
 
 
 def _submit(lease: Lease, event: Submit) -> Outcome:

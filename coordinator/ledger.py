@@ -132,7 +132,9 @@ class Ledger(RoundLedger):
         def decide(lease: Lease, around: _Surroundings) -> leases.Event:
             _check_owner(lease, worker_id)
             lease_s, steps = around.record.request.lease_s, around.steps(lease)
-            return leases.Beat(beat.fence, lease_s, steps, beat.step, beat.loss, beat.tokens_per_s)
+            return leases.Beat(
+                beat.fence, lease_s, steps, beat.step, beat.loss, beat.tokens_per_s, beat.grad_norm, beat.energy_j
+            )
 
         lease, around = await self._change_lease(lease_id, decide, now)
         useful, reason = leases.go_on(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Final, Self
 
 from coordinator import ledger_keys as keys
@@ -113,7 +114,7 @@ class RoundLedger:
             if facts == status.facts:
                 return status, commands
             if await self._store_facts(status, facts):
-                return RoundStatus(status.record, facts, status.rev + 1), commands
+                return replace(status, facts=facts, rev=status.rev + 1), commands
             await back_off(attempt)
         raise lost_every_race(f"round {round_id}")
 
@@ -172,7 +173,9 @@ class RoundLedger:
                 accepted=accepted,
                 contributions=contributions,
             )
-            statuses.append(RoundStatus(record, facts, int(fields["rev"])))
+            told = int(fields.get("told_shards", 0))
+            shard_s = float(fields["told_seconds"]) / told if told else None
+            statuses.append(RoundStatus(record, facts, int(fields["rev"]), shard_s))
         return statuses
 
     async def records(self, round_ids: Sequence[str]) -> list[RoundRecord]:

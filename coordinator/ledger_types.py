@@ -11,6 +11,7 @@ from coordinator.leases import Lease
 from coordinator.rounds import RoundFacts
 from rankup.protocol import DeviceProfile, NoWorkCode, RoundView, Standing
 from rankup.records import RoundRecord
+from rankup.targets import expected_delta_bytes
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class RoundStatus:
     record: RoundRecord
     facts: RoundFacts
     rev: int
+    shard_s: float | None = None
+    """Seconds of training that a shard took, on the mean of what was handed in; None: nothing was."""
 
     def view(self) -> RoundView:
         """The round as everybody may see it."""
@@ -83,6 +86,13 @@ class RoundStatus:
             contributions=counts.contributions,
             rejected=counts.rejected,
             licence=record.request.licence,
+            teacher=record.teacher,
+            tiers=record.request.tiers,
+            listed=bool(record.request.workers or record.request.teams),
+            lease_target_s=record.request.lease_target_s,
+            shard_s=self.shard_s,
+            delta_bytes=expected_delta_bytes(record.targets, record.request.recipe.mantissa_bits),
+            shard_bytes=max((shard.size_bytes for shard in record.shards), default=0),
             published_version=facts.published_version,
             heldout_loss=facts.heldout_loss,
             parent_heldout_loss=facts.parent_heldout_loss,

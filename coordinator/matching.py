@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from coordinator.ledger_types import NoWork
-from rankup.protocol import Standing, Tier
+from rankup.protocol import Standing, tier_of
 from rankup.records import RoundRecord
 
 GIB: Final = 2**30
@@ -147,12 +147,6 @@ def _fit(worker_id: str, seeker: Seeker, speed: float | None, offer: Offer, idle
         copies=request.copies,
         fitting=fitting,
     )
-
-
-def tier_of(tiers: Sequence[Tier], memory_bytes: int) -> Tier | None:
-    """The highest tier that this much memory allows; None where it allows none, or there are no tiers."""
-    fitting = [tier for tier in tiers if tier.min_memory_gib * GIB <= memory_bytes]
-    return max(fitting, key=lambda tier: (tier.min_memory_gib, tier.rank), default=None)
 
 
 def expected_shard_s(offer: Offer, speed: float | None) -> float:

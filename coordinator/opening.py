@@ -22,9 +22,11 @@ from collections.abc import Callable
 from pydantic import ValidationError
 
 from coordinator.catalogue import read_card, read_manifest, read_pointer
+from coordinator.fitting import require_trainable
 from coordinator.grants import delta_bound_bytes
 from coordinator.ledger import Ledger
 from coordinator.rounds import OpenNext, owed
+from coordinator.teachers import find_teacher
 from rankup.errors import ConflictError, InputError, IntegrityError, NotFoundError, StateError
 from rankup.message import canonical_json
 from rankup.protocol import MAX_LEASE_BYTES, Pointer, RoundRequest
@@ -56,14 +58,16 @@ async def open_round(
 
     The shards go on where the previous round stopped and wrap around at the end of the dataset. The base is the model's
     latest version at this moment, signed by `publisher_key` where one is given; its licence is that of contributions
-    where the request names none. As many earlier rounds of the campaign are named as the recipe's `max_staleness`:
-    their late deltas are taken. A `paused` round grants nothing until it is resumed. Opening the same later round twice
-    returns the record of the first time.
+    where the request names none. A teacher is the version that the request names, else its model's latest at this
+    moment, so it may move on within a campaign. As many earlier rounds of the campaign are named as the recipe's
+    `max_staleness`: their late deltas are taken. A `paused` round grants nothing until it is resumed. Opening the same
+    later round twice returns the record of the first time.
 
     Raises:
-        NotFoundError: no such model or dataset.
+        NotFoundError: no such model, dataset or version of the teacher.
         IntegrityError: the stored manifest, card or record fails its checks.
-        InputError: too many shards, a target that does not exist, or deltas above `max_delta_bytes`.
+        InputError: a method that does not fit the dataset, too many shards, a target that does not exist, or deltas
+            above `max_delta_bytes`.
         UnreachableError: object storage or the ledger does not answer; call again.
     """
     after = previous.round_id if previous is not None else None
@@ -74,6 +78,7 @@ async def open_round(
     pointer = await asyncio.to_thread(read_pointer, store, request.model)
     manifest = await asyncio.to_thread(read_manifest, store, pointer, publisher_key=publisher_key)
     card = await asyncio.to_thread(read_card, store, request.dataset)
+    await asyncio.to_thread(require_trainable, store, request.recipe, card, manifest)
     targets = select_targets(manifest.targets(), request.recipe)
     size = delta_bound_bytes(targets)
     if max_delta_bytes is not None and size > max_delta_bytes:
@@ -82,6 +87,7 @@ async def open_round(
             remedy="Choose a lower rank or fewer target_modules, or raise RANKUP_COORDINATOR_MAX_DELTA_BYTES.",
         )
 
+    teacher = await asyncio.to_thread(find_teacher, store, request, card, manifest, publisher_key=publisher_key)
     older = await asyncio.to_thread(_older_bases, store, pointer, manifest, request, publisher_key)
     # A volunteer holds all shards of a lease in memory, and refuses more.
     largest = max((shard.size_bytes for shard in card.shards), default=0)
@@ -100,6 +106,7 @@ async def open_round(
             index=index,
             base_version=pointer.version,
             base_manifest=pointer.manifest,
+            teacher=teacher,
             shards=pick_shards(card, count=request.shards, index=index),
             targets=targets,
             older_bases=older,

@@ -5,6 +5,7 @@
     claim, restore         token          claims_per_min
     heartbeat              token          heartbeats_per_min
     the rest of a lease    token          deliveries_per_min
+    measuring the way      address        links_per_min
     anything else          address        requests_per_min
     answers of 401         address        refusals_per_min
 
@@ -37,7 +38,7 @@ from coordinator.problems import problem_response
 from rankup.errors import BusyError
 from rankup.settings import CoordinatorSettings
 
-Kind = Literal["enrol", "claim", "heartbeat", "delivery", "request", "refusal"]
+Kind = Literal["enrol", "claim", "heartbeat", "delivery", "link", "request", "refusal"]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 MAX_KEYS: Final = 200_000
@@ -51,6 +52,7 @@ _WORDS: Final[dict[Kind, str]] = {
     "claim": "claims",
     "heartbeat": "heartbeats",
     "delivery": "calls about leases",
+    "link": "measurements from your address",
     "request": "requests from your address",
     "refusal": "calls with an unknown token from your address",
 }
@@ -105,6 +107,8 @@ def kind_of(method: str, path: str) -> Kind | None:
     """What a call counts as; None: it is not counted."""
     if path in UNCOUNTED:
         return None
+    if path == "/v1/link":
+        return "link"
     if path.startswith("/v1/leases/") and path.endswith("/restore"):
         return "claim"
     if path.startswith("/v1/leases/"):
@@ -180,6 +184,7 @@ class RateLimit:
                 "claim": settings.claims_per_min,
                 "heartbeat": settings.heartbeats_per_min,
                 "delivery": settings.deliveries_per_min,
+                "link": settings.links_per_min,
                 "request": settings.requests_per_min,
                 "refusal": settings.refusals_per_min,
             }
@@ -200,7 +205,7 @@ class RateLimit:
             kind = "refusal"
         else:
             # The hash of bytes is keyed afresh in every process.
-            by_token = token and kind != "request"
+            by_token = token and kind not in ("link", "request")
             wait_s = self._limiter.hit(kind, f"#{hash(token):x}" if by_token else address)
         if wait_s is not None:
             self._tally.add(RATE_LIMITED, kind)

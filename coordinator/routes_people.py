@@ -44,7 +44,7 @@ from rankup.membership import (
     Person,
 )
 from rankup.message import Identifier, canonical_json
-from rankup.protocol import PROTOCOL_VERSION, Enrolled, EnrolRequest, EnrolStatement, Standing
+from rankup.protocol import PROTOCOL_VERSION, Enrolled, EnrolRequest, EnrolStatement, Standing, WorkerView
 from rankup.signing import verify, worker_id_of
 
 MAX_CLOCK_SKEW_S = 3600.0
@@ -176,6 +176,12 @@ async def _record_enrolment(desk: Desk, worker: Worker, invite: Invite | None) -
     if await people.recorded(worker.worker_id) != digest:
         await desk.in_thread(actions.keep_enrolment, desk.store, enrolment)
         await people.note_recorded(worker.worker_id, digest)
+
+
+@router.get("/workers/me", responses=refusals(401, 403))
+async def who_am_i(worker: CallingWorker) -> WorkerView:
+    """The calling worker, and what the organiser says of it."""
+    return WorkerView(worker_id=worker.worker_id, name=worker.name, team=worker.team, standing=worker.standing)
 
 
 @router.post("/workers/me/token", status_code=201, responses=refusals(401, 403))

@@ -16,8 +16,8 @@ from coordinator.audited import AuditedRoute
 from coordinator.openapi import refusals
 from coordinator.opening import open_round, require_no_campaign
 from coordinator.rounds import Cancel, Close, EndCampaign, Event, Pause, Resume
-from rankup.message import Answer, Identifier
-from rankup.protocol import CloseRequest, LeasesAtWork, RoundRequest, RoundState, RoundView
+from rankup.message import Identifier
+from rankup.protocol import CloseRequest, LeasesAtWork, RoundRequest, Rounds, RoundState, RoundView
 
 RoundId = Annotated[Identifier, Path(description="From the list of rounds.")]
 ROUNDS_SHOWN = 100
@@ -27,10 +27,6 @@ OPENING_S = 120.0
 log = structlog.get_logger(__name__)
 router = APIRouter(prefix="/v1", tags=["rounds"], route_class=AuditedRoute)
 organiser = Depends(require_organiser)
-
-
-class Rounds(Answer):
-    rounds: tuple[RoundView, ...]
 
 
 @router.get("/rounds", responses=refusals())

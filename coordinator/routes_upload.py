@@ -1,4 +1,4 @@
-"""The route that takes deltas where volunteers cannot reach object storage (`transfer` is "proxied").
+"""The routes that take deltas, whole or in parts, where object storage is out of reach (`transfer` is "proxied").
 
 What always holds:
 - the address itself is the permission (see tickets.py): no token is asked for, and none should be sent. It ends with
@@ -21,10 +21,16 @@ from coordinator.access import Desk, DeskOf
 from coordinator.openapi import refusals
 from coordinator.problems import from_error, problem_response
 from coordinator.spool import too_long, too_short
-from coordinator.tickets import UPLOADS_PATH, Ticket
+from coordinator.tickets import UPLOADS_PATH, Piece, Ticket
 from rankup.errors import DeniedError, InputError, NotFoundError, RankupError
 from rankup.message import Digest, Identifier
+from rankup.parts import MAX_PARTS
 from rankup.protocol import LeaseState
+
+MAX_UPLOAD_ID_CHARS = 1024
+Size = Annotated[int, Query(ge=0, lt=10**15)]
+Expiry = Annotated[int, Query(ge=0, lt=10**15)]
+Mac = Annotated[str, Query(max_length=64)]
 
 log = structlog.get_logger(__name__)
 router = APIRouter(prefix="/v1", tags=["worker"])
@@ -44,14 +50,41 @@ def is_upload(scope: Scope) -> bool:
 async def upload(
     lease_id: Annotated[Identifier, Path()],
     sha256: Annotated[Digest, Path()],
-    size: Annotated[int, Query(ge=0, lt=10**15)],
-    expires: Annotated[int, Query(ge=0, lt=10**15)],
-    signature: Annotated[str, Query(max_length=64)],
+    size: Size,
+    expires: Expiry,
+    signature: Mac,
     request: Request,
     desk: DeskOf,
 ) -> Response:
     """The delta itself, to the address that an upload ticket names."""
-    ticket = Ticket(lease_id=lease_id, sha256=sha256, size_bytes=size, expires_at=expires)
+    return await _answer(Ticket(lease_id, sha256, size, expires), signature, request, desk)
+
+
+@router.put(
+    "/uploads/{lease_id}/{delta}/parts/{number}",
+    status_code=204,
+    response_class=Response,
+    responses={204: {"description": "The part is stored."}, **refusals(400, 403, 404, 408, 413, 507)},
+)
+async def upload_part(
+    lease_id: Annotated[Identifier, Path()],
+    delta: Annotated[Digest, Path()],
+    number: Annotated[int, Path(ge=1, le=MAX_PARTS)],
+    upload: Annotated[str, Query(max_length=MAX_UPLOAD_ID_CHARS)],
+    sha256: Annotated[Digest, Query()],
+    size: Size,
+    expires: Expiry,
+    signature: Mac,
+    request: Request,
+    desk: DeskOf,
+) -> Response:
+    """One part of a delta, to the address that an upload ticket names; `sha256` and `size` are the part's own."""
+    ticket = Ticket(lease_id, sha256, size, expires, Piece(delta, upload, number))
+    return await _answer(ticket, signature, request, desk)
+
+
+async def _answer(ticket: Ticket, signature: str, request: Request, desk: Desk) -> Response:
+    lease_id = ticket.lease_id
     try:
         await _take(ticket, signature, request, desk)
     except ClientDisconnect:
@@ -70,7 +103,8 @@ async def upload(
         refusal = from_error(error)
         refusal.headers["Connection"] = "close"
         return refusal
-    log.info("delta_uploaded", lease_id=lease_id, size_bytes=size)
+    part = ticket.piece.number if ticket.piece is not None else 0
+    log.info("delta_uploaded", lease_id=lease_id, size_bytes=ticket.size_bytes, part=part)
     return Response(status_code=204)
 
 

@@ -33,6 +33,7 @@ from coordinator.openapi import refusals
 from coordinator.pace import beat_interval_s, retry_after_s
 from coordinator.tickets import TICKET_TTL_S, Ticket
 from coordinator.unjudged import keep_submission
+from coordinator.uploads import ticket_in_parts
 from coordinator.vouchers import wrong_voucher
 from rankup.errors import NotFoundError, StateError
 from rankup.message import Answer, Identifier
@@ -173,7 +174,11 @@ async def give_back(lease_id: LeaseId, request: ReturnRequest, worker: CallingWo
 
 @router.post("/leases/{lease_id}/upload", responses=refusals(401, 403, 404, 409, 413))
 async def ticket(lease_id: LeaseId, request: UploadRequest, worker: CallingWorker, desk: DeskOf) -> UploadTicket:
-    """Where to PUT the delta: the address takes exactly these bytes, and only for a while."""
+    """Where to PUT the delta: the address takes exactly these bytes, and only for a while.
+
+    One that is named by its parts gets an address for each of the next ones that are missing. Ask again after them;
+    when all are there, they are put together, and the answer says that the delta is there.
+    """
     ledger = await desk.ledger()
     lease = await _own_lease(ledger, lease_id, worker)
     status = await ledger.round(lease.home)
@@ -189,6 +194,9 @@ async def ticket(lease_id: LeaseId, request: UploadRequest, worker: CallingWorke
     )
     key = upload_key(lease_id, request.sha256)
     there = lease.contribution is not None or await _is_uploaded(desk, key, request.size_bytes)
+    if request.parts and not there:
+        asked = (desk.store, lease_id, request)
+        return await desk.in_thread(ticket_in_parts, *asked, signer=desk.tickets, now=desk.clock())
     if desk.tickets is not None:
         signed = Ticket(lease_id, request.sha256, request.size_bytes, int(desk.clock()) + TICKET_TTL_S)
         return UploadTicket(

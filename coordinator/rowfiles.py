@@ -7,7 +7,8 @@
 | `.parquet` | one row a record |
 
 What always holds: every row keeps a number by which a message can name its file and line; no line and no file that is
-read whole exceeds its limit here. Rows come out as JSON text: what they mean is the matter of `coordinator.rows`.
+read whole exceeds its limit here. Rows come out as JSON text with their images in them (`coordinator.images`): what
+they mean is the matter of `coordinator.rows`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from typing import Any, cast
 
 import pyarrow as pa
 
+from coordinator.images import with_images
 from rankup.errors import InputError, NotFoundError, TooLargeError
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
 MAX_JSON_BYTES = 1024 * 1024 * 1024
 RECORDS_AT_ONCE = 4096
+IMAGES_AT_ONCE = 64
+"""Records with images, which may have megabytes each."""
 LINES_OF_A_FILE = 2**40
 """Room for the lines of one file in the number of a row, file * LINES_OF_A_FILE + line; lines count from 1."""
 
@@ -74,9 +78,9 @@ def _read_file(path: Path) -> Iterator[tuple[int, str]]:
             case ".jsonl" | ".ndjson":
                 yield from _lines(path)
             case ".json":
-                yield from _encoded(_json_list(path))
+                yield from _encoded(_json_list(path), path)
             case ".parquet":
-                yield from _encoded(_parquet(path))
+                yield from _encoded(_parquet(path), path)
             case other:
                 raise InputError(f"{path} ends in {other!r}, not in .jsonl, .ndjson, .json or .parquet")
     except OSError as exc:
@@ -95,7 +99,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as exc:
                 raise InputError(f"{path}, line {number}: is not UTF-8: {exc.reason}") from exc
             if text:
-                yield number, text
+                yield number, _with_images(text, path, number) if '"image' in text else text
+
+
+def _with_images(text: str, path: Path, number: int) -> str:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # What is wrong with a row is said where rows are read.
+    return next(_encoded([row], path, first=number))[1]
 
 
 def _json_list(path: Path) -> list[Any]:
@@ -115,20 +127,26 @@ def _parquet(path: Path) -> Iterator[Any]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=RECORDS_AT_ONCE):
+            pictured = {"image", "images"} & set(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=IMAGES_AT_ONCE if pictured else RECORDS_AT_ONCE):
                 yield from batch.to_pylist()
     except pa.ArrowException as exc:
         raise InputError(f"{path} cannot be read as Parquet: {exc}") from exc
 
 
-def _encoded(rows: Iterable[Any]) -> Iterator[tuple[int, str]]:
-    for number, row in enumerate(rows, start=1):
+def _encoded(rows: Iterable[Any], path: Path | None = None, *, first: int = 1) -> Iterator[tuple[int, str]]:
+    for number, row in enumerate(rows, start=first):
+        where = f"row {number}" if path is None else f"{path}, line {number}"
+        try:
+            row = with_images(row, path.parent if path else None) if isinstance(row, dict) else row
+        except InputError as exc:
+            raise InputError(f"{where}: {exc}", remedy=exc.remedy) from exc
         try:
             # ASCII, because half a surrogate pair has no UTF-8; cleaning removes it. Columns that JSON cannot hold
             # (dates, bytes) become null: a text field must not silently hold their Python notation.
             text = json.dumps(row, ensure_ascii=True, default=lambda _: None)
         except (TypeError, ValueError, RecursionError) as exc:
-            raise InputError(f"row {number}: is not JSON: {exc}") from exc
+            raise InputError(f"{where}: is not JSON: {exc}") from exc
         if len(text) > MAX_LINE_BYTES:
-            raise TooLargeError(f"row {number}: longer than {MAX_LINE_BYTES} bytes")
+            raise TooLargeError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
         yield number, text

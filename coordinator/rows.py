@@ -8,10 +8,14 @@ The shapes are TRL's (https://huggingface.co/docs/trl/dataset_formats); a row ha
 | messages | `messages`, a conversation |
 | prompt-completion | `prompt` and `completion`, both text or both conversations |
 | preference | `prompt`, `chosen` and `rejected`, all text or all conversations |
+| unpaired | `prompt`, `completion` and `label`, true for a good answer and false for a bad one |
+
+Two more ways to write them are taken: `chosen` and `rejected` that both begin with their prompt, and `conversations`
+of `from` and `value` for messages.
 
 What always holds:
-- a parsed row holds the fields of its shape and no other, strings and messages only, in Unicode NFC, without control
-  characters but line feed and tab, and it can be written as UTF-8;
+- a parsed row holds the fields of its shape and no other: strings, messages and a label; its texts are in Unicode NFC,
+  without control characters but line feed and tab, and can be written as UTF-8;
 - cleaning a clean row changes nothing;
 - the space between a plain prompt and its completion is part of the text and stays.
 
@@ -24,21 +28,17 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from rankup.errors import InputError
+from rankup.shapes import SHAPES, shape_of
 
 Row = dict[str, Any]
 
-SHAPES: Mapping[str, tuple[str, ...]] = {
-    "preference": ("prompt", "chosen", "rejected"),
-    "prompt-completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
-"""Shape -> its fields. The first shape whose fields a row has is the row's."""
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+"""What others call the roles, in `conversations`."""
 NGRAM_WORDS = 13
 """Length of the word sequences by which overlap is found, as in GPT-3 (arXiv:2005.14165, appendix C)."""
 MIN_ANSWER_WORDS = 4
@@ -46,6 +46,7 @@ MIN_ANSWER_WORDS = 4
 
 _REMOVED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
 _WORD = re.compile(r"\w+")
+_SPACE = re.compile(r"\s+")
 
 
 class RowError(InputError):
@@ -65,7 +66,7 @@ def parse_row(text: str) -> tuple[str, Row, tuple[str, ...]]:
     if not isinstance(value, dict):
         raise RowError(f"is {_kind(value)}, not a JSON object")
     value = {name: content for name, content in value.items() if content is not None}
-    shape = next((shape for shape, fields in SHAPES.items() if value.keys() >= set(fields)), None)
+    shape = shape_of(_plainly(value))
     if shape is None:
         wanted = "; ".join(" and ".join(fields) for fields in SHAPES.values())
         raise RowError(f"has the fields {sorted(value)[:8]}, none of the shapes: {wanted}")
@@ -73,6 +74,9 @@ def parse_row(text: str) -> tuple[str, Row, tuple[str, ...]]:
     row: Row = {}
     for field in SHAPES[shape]:
         content = value[field]
+        if field == "label":
+            row[field] = content
+            continue
         if isinstance(content, list) and shape != "text":
             row[field] = _messages(field, content)
         elif isinstance(content, str) and shape != "messages":
@@ -82,9 +86,52 @@ def parse_row(text: str) -> tuple[str, Row, tuple[str, ...]]:
             raise RowError(f"field {field}: is {_kind(content)}, not {wanted}")
         chat.add(isinstance(content, list))
     if len(chat) > 1:
-        raise RowError(f"fields {', '.join(SHAPES[shape])}: must all be text or all be lists of messages")
+        texts = ", ".join(field for field in SHAPES[shape] if field != "label")
+        raise RowError(f"fields {texts}: must all be text or all be lists of messages")
     extra = tuple(sorted(value.keys() - set(SHAPES[shape])))
     return f"{shape} chat" if chat == {True} and shape != "messages" else shape, row, extra
+
+
+def _plainly(value: dict[str, Any]) -> set[str]:
+    """Bring the other ways to write a row to the plain ones, in place; returns the fields that count for its shape."""
+    if {"chosen", "rejected"} <= value.keys() and (
+        "prompt" not in value
+        # The prompt as text beside whole conversations: they have it as a message.
+        or (isinstance(value["prompt"], str) and isinstance(value["chosen"], list))
+    ):
+        value["prompt"], value["chosen"], value["rejected"] = _split_pair(value["chosen"], value["rejected"])
+    talk = value.get("conversations")
+    if "messages" not in value and isinstance(talk, list):
+        value["messages"] = [_spoken(turn) for turn in talk]
+        del value["conversations"]
+    # A label of another kind is a column about something else.
+    return {name for name, content in value.items() if name != "label" or isinstance(content, bool)}
+
+
+def _split_pair(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected of two that begin alike: the prompt is what they share, to the end of a message or of
+    a word, and leaves something of each."""
+    if not (isinstance(chosen, list) and isinstance(rejected, list)) and not (
+        isinstance(chosen, str) and isinstance(rejected, str)
+    ):
+        raise RowError("fields chosen, rejected: must both be text or both be lists of messages")
+    least = min(len(chosen), len(rejected)) - 1
+    shared = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), least)
+    shared = min(shared, least)
+    if isinstance(chosen, str):
+        # The space before a word belongs to the answer, as tokenizers have it.
+        shared = max((space.start() for space in _SPACE.finditer(chosen, 0, max(shared, 0) + 1)), default=0)
+    if shared < 1:
+        raise RowError("fields chosen, rejected: do not begin with one prompt, and no field prompt goes with them")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _spoken(turn: Any) -> Any:
+    """A message as role and content, where it is written as from and value; anything else as it is."""
+    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+        return turn
+    speaker = turn["from"]
+    return {"role": SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker, "content": turn["value"]}
 
 
 def _messages(field: str, messages: list[Any]) -> list[dict[str, str]]:
@@ -124,10 +171,12 @@ def clean_text(text: str) -> str:
 
 
 def clean_row(row: Row) -> Row | None:
-    """The row with clean, stripped texts; None when a field or a message has nothing left."""
+    """The row with clean, stripped texts; None when a field or a message has nothing left, or both answers are one."""
     cleaned: Row = {}
     for field, content in row.items():
-        if isinstance(content, str):
+        if isinstance(content, bool):
+            cleaned[field] = content
+        elif isinstance(content, str):
             text = clean_text(content)
             # A plain prompt runs on into what follows it: the space between them belongs to the text.
             opens, ends = field in ("prompt", "text"), field != "prompt"
@@ -141,6 +190,8 @@ def clean_row(row: Row) -> Row | None:
             if not all(message["content"] for message in messages):
                 return None
             cleaned[field] = messages
+    if "chosen" in cleaned and cleaned["chosen"] == cleaned["rejected"]:
+        return None
     return cleaned
 
 
@@ -179,6 +230,8 @@ def _feature(part: str, kind: str, words: list[str]) -> bytes:
 
 def _parts(row: Row) -> Iterator[tuple[str, str]]:
     for field, content in row.items():
+        if isinstance(content, bool):
+            continue
         if isinstance(content, str):
             yield ("prompt" if field == "prompt" else "answer"), content
             continue

@@ -2,7 +2,8 @@
 
 What always holds:
 - memory holds at most `PIECE_BYTES` and one message of an arriving body, the disk never more than the ticket's size;
-- only a body with the ticket's length and sha256 reaches the store; the temporary file is gone after, come what may;
+- only a body with the ticket's length and sha256 reaches the store, as the delta or as its part of one; the temporary
+  file is gone after, come what may;
 - a sender that falls silent, or stays below `MIN_BYTES_PER_S`, is cut off; one lease has one upload at a time, and a
   replica has `MAX_UPLOADS`.
 
@@ -58,9 +59,10 @@ class Spool:
         self._arriving: set[str] = set()
 
     async def take(self, ticket: Ticket, body: AsyncIterator[bytes]) -> None:
-        """Read `body` to its end and store it as the ticket's upload.
+        """Read `body` to its end and store it as the ticket's upload, or as its part of one.
 
         Raises:
+            NotFoundError: the upload that it is a part of was ended.
             TooLargeError: more bytes than the ticket has; raised at the first one too many.
             InputError: fewer bytes, or another sha256.
             TimeoutError: nothing arrived for `silence_s`, or too little over all.
@@ -71,8 +73,15 @@ class Spool:
             digest = await self._receive(ticket, body, file)
             if digest != ticket.sha256:
                 raise InputError("The bytes that arrived do not have the ticket's sha256.", remedy=SENDS_AGAIN)
-            key = upload_key(ticket.lease_id, ticket.sha256)
-            await run_in_threadpool(self._store.put_file, key, Path(file.name))
+            await run_in_threadpool(self._keep, ticket, Path(file.name))
+
+    def _keep(self, ticket: Ticket, path: Path) -> None:
+        piece = ticket.piece
+        if piece is None:
+            self._store.put_file(upload_key(ticket.lease_id, ticket.sha256), path)
+        else:
+            key = upload_key(ticket.lease_id, piece.delta)
+            self._store.put_part(key, piece.upload_id, piece.number, path, sha256=ticket.sha256)
 
     @contextlib.contextmanager
     def _place(self, lease_id: str) -> Iterator[None]:

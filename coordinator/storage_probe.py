@@ -2,6 +2,7 @@
 
     conditional writes      If-None-Match and If-Match have exactly one winner
     signed uploads          another length or other bytes than the signed ones are refused
+    uploads in parts        what was begun is found again by its key, with its parts, and is put together
     privacy                 without a signature nothing can be read, listed or written
     clock                   this machine's against the Date header
 
@@ -16,6 +17,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -36,11 +38,12 @@ TIMEOUT_S = 15.0
 def storage(store: Store, *, clock: Callable[[], float] = time.time) -> list[Finding]:
     """All checks of object storage, with scratch objects that are removed afterwards."""
     scratch = f"doctor/{secrets.token_hex(8)}"
-    keys = [f"{scratch}/{name}" for name in ("once", "swap", "upload", "private")]
+    keys = [f"{scratch}/{name}" for name in ("once", "swap", "upload", "private", "parts")]
     checks: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
         ("s3 write once", lambda: _write_once(store, keys[0])),
         ("s3 compare and swap", lambda: _compare_and_swap(store, keys[1])),
         ("s3 signed uploads", lambda: _signed_uploads(store, keys[2])),
+        ("s3 uploads in parts", lambda: _in_parts(store, keys[4])),
         ("s3 privacy", lambda: _private(store, keys[3])),
         ("clock", lambda: _clock(store, keys[3], clock)),
     )
@@ -129,6 +132,37 @@ def _signed_uploads(store: Store, key: str) -> Iterator[Finding]:
         )
     else:
         yield ok("s3 signed uploads", "another length and other bytes than the signed ones are refused")
+
+
+def _in_parts(store: Store, key: str) -> Iterator[Finding]:
+    import httpx2
+
+    check, remedy = "s3 uploads in parts", "Use an object storage with multipart uploads: deltas above 8 MiB need them."
+    data = b"all of it in one part"
+    digest = hashlib.sha256(data).hexdigest()
+    upload_id = store.begin_upload(key)
+    try:
+        signed = store.presign_part(key, upload_id, 1, size_bytes=len(data), sha256=digest)
+        with _http() as http:
+            try:
+                taken = http.put(signed.url, content=data, headers=signed.headers).status_code
+            except httpx2.HTTPError as exc:
+                yield fail(check, f"{_host(signed.url)} does not answer: {type(exc).__name__}", remedy)
+                return
+        found = [upload.upload_id for upload in store.open_uploads(key)]
+        parts = store.arrived_parts(key, upload_id)
+        if taken >= 400 or found != [upload_id] or [part.size_bytes for part in parts] != [len(data)]:
+            yield fail(
+                check, f"a part is answered with {taken}; {len(found)} uploads and {len(parts)} parts are found", remedy
+            )
+            return
+        store.finish_upload(key, upload_id, [replace(parts[0], sha256=digest)])
+        if store.get(key, max_bytes=len(data)) == data:
+            yield ok(check, "an upload is found again with its parts, and put together")
+        else:
+            yield fail(check, "what was put together is not what was sent", remedy)
+    finally:
+        store.abort_upload(key, upload_id)
 
 
 def _private(store: Store, key: str) -> Iterator[Finding]:

@@ -78,6 +78,8 @@ def progress(lease: Lease, name: str, record: RoundRecord) -> LeaseProgress:
         steps=steps,
         loss=lease.loss,
         tokens_per_s=lease.tokens_per_s,
+        grad_norm=lease.grad_norm,
+        energy_j=lease.energy_j,
         granted_at=lease.granted_at,
         seen_at=seen_at,
         done_at=done_at,

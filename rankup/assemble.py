@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankup.download import OnProgress, RateLimit, fetch
+from rankup.download import Limit, OnProgress, fetch
 from rankup.durable import sync_file
 from rankup.errors import DiskFullError, IntegrityError, NotFoundError
 from rankup.folder import disk_errors, sha256_of
@@ -43,7 +43,7 @@ class Means:
     partial: Path
     parallel: int = 4
     patience: Patience | None = None
-    limit: RateLimit | None = None
+    limit: Limit | None = None
     progress: OnProgress | None = None
 
 

@@ -6,7 +6,7 @@ What always holds:
   then it is fetched once more from the start before the error is raised;
 - never more bytes are written than the reference says, and free space is checked before the first one;
 - trouble of the network is ridden out by `Patience`, counted anew whenever bytes arrived;
-- with a `RateLimit`, all threads together take no more bytes a second than it allows.
+- with a `Limit`, all threads together take no more bytes a second than it allows.
 
 It knows nothing of versions: `rankup.pull` and `rankup.replay` decide what is fetched and what it is worth.
 """
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from rankup.errors import DiskFullError, InputError, IntegrityError, RetryableError, UnreachableError
 from rankup.folder import disk_errors
@@ -30,6 +30,8 @@ from rankup.records import BlobRef
 from rankup.sources import Patience, Source
 
 READ_BYTES = 1024 * 1024
+SLICE_S = 0.25
+"""The longest wait before a limit is asked again."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,17 @@ class PullProgress:
 OnProgress = Callable[[PullProgress], None]
 
 
+class Limit(Protocol):
+    """How fast bytes may come; asked by several threads."""
+
+    def take(self, count: int) -> float:
+        """Seconds to wait after `count` bytes that have just arrived, before more are asked for; with 0, what is left
+        of that now. What it raises ends the fetch, which keeps what has arrived."""
+
+
 class RateLimit:
-    """A token bucket that all threads of one or more fetches share: `bytes_per_s`, with bursts of `burst_s` seconds.
+    """A rate that all threads of one or more fetches share: `bytes_per_s`. Who comes late by at most `burst_s` seconds
+    makes up for it, so that the average holds on a busy machine; a longer pause saves up nothing.
 
     `clock` is a monotonic one, in seconds. Law: in any stretch of t seconds no more than
     bytes_per_s * (t + burst_s) bytes are let through, and one chunk of each thread.
@@ -64,11 +75,21 @@ class RateLimit:
         self._paid_until = float("-inf")
         self._lock = threading.Lock()
 
-    def take(self, count: int) -> float:
-        """Seconds to wait after `count` bytes that have just arrived, before more are asked for."""
+    def change(self, bytes_per_s: float) -> None:
+        """Another rate from now on; what came too early under the old one is waited for at the new one."""
         with self._lock:
             now = self._clock()
-            self._paid_until = max(self._paid_until, now - self._burst_s) + count / self._bytes_per_s
+            ahead_bytes = max(0.0, self._paid_until - now) * self._bytes_per_s
+            if ahead_bytes > 0:
+                self._paid_until = now + ahead_bytes / bytes_per_s
+            self._bytes_per_s = bytes_per_s
+
+    def take(self, count: int) -> float:
+        """As `Limit.take`."""
+        with self._lock:
+            now = self._clock()
+            begin = self._paid_until if now - self._paid_until <= self._burst_s else now
+            self._paid_until = begin + count / self._bytes_per_s
             return max(0.0, self._paid_until - now)
 
 
@@ -80,7 +101,7 @@ def fetch(
     parallel: int = 4,
     patience: Patience | None = None,
     progress: OnProgress | None = None,
-    limit: RateLimit | None = None,
+    limit: Limit | None = None,
 ) -> None:
     """Have every blob of `refs` as `folder/<sha256>`, complete and checked. The caller holds the folder's lock.
 
@@ -124,7 +145,7 @@ class _Task:
         patience: Patience,
         total_bytes: int,
         progress: OnProgress | None,
-        limit: RateLimit | None,
+        limit: Limit | None,
     ) -> None:
         self.stopped = threading.Event()
         self._source = source
@@ -198,11 +219,18 @@ class _Task:
                 position += len(chunk)
                 self._report(len(chunk))
                 # What was passed over came through the wire too.
-                if self._limit is not None and self.stopped.wait(self._limit.take(len(arrived))):
-                    raise _StoppedError
+                self._pace(len(arrived))
         if position < ref.size_bytes:
             raise UnreachableError(f"the blob {ref.sha256[:16]}… broke off after {position} of {ref.size_bytes} bytes")
         return None
+
+    def _pace(self, count: int) -> None:
+        """Wait as the limit asks, in slices: it may change, or end it all."""
+        wait_s = self._limit.take(count) if self._limit is not None else 0.0
+        while wait_s > 0 and self._limit is not None:
+            if self.stopped.wait(min(wait_s, SLICE_S)):
+                raise _StoppedError
+            wait_s = self._limit.take(0)
 
     def _report(self, more_bytes: int) -> None:
         with self._lock:

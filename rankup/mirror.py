@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankup.download import OnProgress, PullProgress, RateLimit, fetch
+from rankup.download import Limit, OnProgress, PullProgress, fetch
 from rankup.durable import sync_folder
 from rankup.errors import NotFoundError
 from rankup.folder import PARTIAL_NAME, disk_errors, folder_lock, sha256_of, write_durably
@@ -86,7 +86,7 @@ def mirror(
     progress: OnProgress | None = None,
     parallel: int = 4,
     patience: Patience | None = None,
-    limit: RateLimit | None = None,
+    limit: Limit | None = None,
 ) -> Mirrored:
     """Have version `version` of `model` (None: the latest) and the `history - 1` before it in the folder `to`.
 

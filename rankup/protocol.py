@@ -11,6 +11,7 @@ Nothing here does I/O.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -29,12 +30,15 @@ from rankup.message import (
     TeamName,
     canonical_json,
 )
+from rankup.parts import MAX_PARTS, cut
 from rankup.recipe import MAX_RANK, Precision, Recipe
 from rankup.targets import Target
 
 PROTOCOL_VERSION = 1
 MAX_TOKENS = 2**40
 MAX_SHARDS_PER_LEASE = 256
+MAX_LINK_BYTES = 1024**2
+"""Of one body that measures the way to the server."""
 MAX_LEASE_BYTES = 256 * 1024**2
 """Of all shards of a lease: a volunteer holds them in memory."""
 Voucher = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,1024}\.[0-9a-f]{64}$")]
@@ -48,6 +52,12 @@ class Tier(Message):
     """Of the GPU, or of the machine where it trains on the CPU."""
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)]
     """At most the recipe's; alpha shrinks with it, so that the scaling of the product stays."""
+
+
+def tier_of(tiers: Iterable[Tier], memory_bytes: int) -> Tier | None:
+    """The highest tier that this much memory allows; None where it allows none, or there are no tiers."""
+    fitting = [tier for tier in tiers if tier.min_memory_gib * 2**30 <= memory_bytes]
+    return max(fitting, key=lambda tier: (tier.min_memory_gib, tier.rank), default=None)
 
 
 class VersionRef(Message):
@@ -204,6 +214,20 @@ class RoundView(Answer):
     rejected: int = 0
     """Contributions."""
     licence: str = ""
+    teacher: VersionRef | None = None
+    """Distillation: who answers the prompts; volunteers need it beside the base."""
+    tiers: tuple[Tier, ...] = ()
+    """Empty: everybody trains the recipe's rank."""
+    listed: bool = False
+    """It is for volunteers or teams whom the organiser has named."""
+    lease_target_s: float = 0.0
+    """How long a lease should take."""
+    shard_s: float | None = None
+    """Seconds of training that a shard took, on the mean of what was handed in; None: nothing was."""
+    delta_bytes: int = 0
+    """About what a delta weighs at the recipe's rank."""
+    shard_bytes: int = 0
+    """Of the largest shard."""
     published_version: int | None = None
     heldout_loss: float | None = None
     parent_heldout_loss: float | None = None
@@ -218,6 +242,11 @@ class RoundView(Answer):
         held, hands = self.shards - accepted - free, self.submitted + self.leased
         submitted = round(held * self.submitted / hands) if hands else 0
         return {"accepted": accepted, "submitted": submitted, "training": held - submitted, "free": free}
+
+
+class Rounds(Answer):
+    rounds: tuple[RoundView, ...]
+    """Newest first; the list may be cut."""
 
 
 # -- the volunteer -----------------------------------------------------------------------------------------------------
@@ -269,6 +298,15 @@ class Enrolled(Answer):
     publisher_key: PublicKey
     """The key that signs every version: the worker pins it."""
     standing: Standing = Standing.MEMBER
+
+
+class WorkerView(Answer):
+    """A worker as the server knows it, for itself."""
+
+    worker_id: Identifier
+    name: str
+    team: str = ""
+    standing: Standing
 
 
 class BlobLink(Answer):
@@ -373,9 +411,29 @@ class RestoreRequest(Message):
 
 
 class UploadRequest(Message):
+    """What is to be uploaded; asked again after every interruption, and once more when all parts are there."""
+
     fence: Annotated[int, Field(ge=0, le=2**53)]
     sha256: Digest
     size_bytes: Annotated[int, Field(ge=1, le=2**40)]
+    parts: Annotated[tuple[Digest, ...], Field(max_length=MAX_PARTS)] = ()
+    """sha256 of every part that `rankup.parts.cut` makes of the file; empty: it goes in one piece."""
+
+    @model_validator(mode="after")
+    def _one_digest_for_each_part(self) -> UploadRequest:
+        if self.parts and len(self.parts) != len(cut(self.size_bytes)):
+            raise ValueError(
+                f"{len(self.parts)} parts; {self.size_bytes} bytes are cut into {len(cut(self.size_bytes))}"
+            )
+        return self
+
+
+class PartTicket(Answer):
+    """Where to PUT one part; as `UploadTicket` otherwise."""
+
+    number: int
+    url: str
+    headers: dict[str, str]
 
 
 class UploadTicket(Answer):
@@ -383,11 +441,16 @@ class UploadTicket(Answer):
     relative to the gateway's address."""
 
     url: str
+    """Of the whole; empty where it goes in parts."""
     headers: dict[str, str]
     """To be sent as they are."""
     expires_at: float
     already_there: bool = False
     """The object store has these bytes: submit without uploading."""
+    parts: tuple[PartTicket, ...] = ()
+    """The next parts that are missing; ask again after them. With the last one there, asking puts them together."""
+    there_bytes: int = 0
+    """Of parts that have arrived: they are not sent again."""
 
 
 class SubmitStatement(Message):
@@ -513,6 +576,14 @@ class VersionView(Answer):
     change: str | None = None
     """What made the version where no round did: "rollback to 3", "revocation of 1 contribution", "key rotation"."""
     latest: bool
+
+
+class LinkMeasured(Answer):
+    """What arrived of a body that was sent to measure the way; nothing of it is kept."""
+
+    size_bytes: int
+    seconds: float
+    """From its first bytes to its last."""
 
 
 class ServerInfo(Answer):

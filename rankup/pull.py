@@ -27,7 +27,7 @@ from typing import Self
 
 from rankup.assemble import CountedSource, Means, assemble
 from rankup.chainread import Opened
-from rankup.download import OnProgress, PullProgress, RateLimit
+from rankup.download import Limit, OnProgress, PullProgress
 from rankup.errors import RankupError, StateError
 from rankup.folder import (
     PARTIAL_NAME,
@@ -101,7 +101,7 @@ def pull(
     progress: OnProgress | None = None,
     parallel: int = 4,
     patience: Patience | None = None,
-    limit: RateLimit | None = None,
+    limit: Limit | None = None,
 ) -> Pulled:
     """Have version `version` of `model` in the folder `to`: a number, the beginning of its manifest's digest (8 hex
     digits or more), or None for the latest.

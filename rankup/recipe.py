@@ -101,7 +101,7 @@ class Recipe(Message):
     """
 
     method: Method = "sft"
-    """What is minimised; each takes datasets of its own shapes (`coordinator.rows`)."""
+    """What is minimised; each takes datasets of its own shapes (`rankup.shapes`)."""
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
     """Of B·A, the delta of a layer: what a volunteer trains grows with it, and so does the upload."""
     rank_pattern: Annotated[dict[TensorName, Annotated[int, Field(ge=1, le=MAX_RANK)]], Field(max_length=256)] = Field(

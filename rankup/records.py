@@ -131,7 +131,7 @@ class Receipt(Message):
 
 
 class Evaluation(Message):
-    """Held-out loss in nats per completion token."""
+    """Held-out loss, in nats per token; of preferences docs/numerics.md says what it is."""
 
     heldout_loss: Finite
     parent_heldout_loss: Finite | None = None

@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from rankup.message import Identifier
+from rankup.recipe import Precision
+
+Reporter = Literal["tensorboard", "wandb", "trackio"]
+"""Programs that show the numbers of a training."""
 
 
 def state_home() -> Path:
@@ -102,6 +106,8 @@ class CoordinatorSettings(RoomSettings):
     """Of a worker."""
     deliveries_per_min: int = Field(default=480, ge=0)
     """Of a worker: its other calls about leases."""
+    links_per_min: int = Field(default=30, ge=0)
+    """Of an address: measurements of the way to the server, of at most 1 MiB each; a worker makes four a day."""
     requests_per_min: int = Field(default=6000, ge=0)
     """Of an address: everything else."""
     refusals_per_min: int = Field(default=300, ge=0)
@@ -140,6 +146,11 @@ class CoordinatorSettings(RoomSettings):
     proven one ever fewer. An audit costs as much computing as the work that it checks."""
 
 
+def _words(value: Any) -> Any:
+    """A list, also where it is written as words with commas between them."""
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+
 class WorkerSettings(RoomSettings):
     """A volunteer's machine."""
 
@@ -151,13 +162,20 @@ class WorkerSettings(RoomSettings):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`."""
     timeout_s: float = 30.0
-    patience_s: float = 3600.0
+    patience_s: float = 3 * 86_400.0
     """How long an unreachable server is waited for before the agent gives up (finished deltas stay in the outbox)."""
     cache_bytes: int = 50 * 1024**3
     """Most room for base versions; `disk_max_used_gb` of limits.yaml overrides it."""
+    precision: Precision | Literal["auto"] = "auto"
+    """What the frozen base is held in; auto: the best that fits (`worker.precision`)."""
+    report_to: Annotated[tuple[Reporter, ...], NoDecode, BeforeValidator(_words)] = ()
+    """Who else is told the numbers of each step, as `tensorboard,wandb`; their files lie under `runs/` of `home`."""
     checkpoint_every_s: float = Field(default=60.0, gt=0)
     """How often a training is written to disk, so that a crash costs at most this much."""
     models: tuple[Identifier, ...] = Field(default=(), max_length=64)
     """Models to train; empty: any."""
     dedicated: bool = False
     """The machine does nothing else: work whether it runs on batteries or somebody uses it."""
+    page_port: Literal["off"] | Annotated[int, Field(ge=0, le=65535)] = 7420
+    """Where the page of the running worker is served, on 127.0.0.1: there or at the next free port; 0: at any; "off":
+    nowhere."""

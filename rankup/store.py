@@ -10,13 +10,12 @@ What always holds, for every store:
 A conditional write is repeated only when it is known not to have happened (409, 503, connection refused). When the
 answer to one is lost, nobody knows: the caller gets `UnreachableError` and must read before it decides.
 
-What it does not do: name objects (see `rankup.versions`), retry for longer than a few seconds, delete by age.
-This is the only module that imports boto3, and it does so when the first S3 client is made.
+What it does not do: name objects (see `rankup.versions`), retry for longer than a few seconds, delete by age. Writing
+in parts is in `rankup.multipart`. This is the only module that imports boto3, when the first S3 client is made.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
 import hashlib
@@ -43,6 +42,7 @@ from rankup.errors import (
     TooLargeError,
     UnreachableError,
 )
+from rankup.multipart import MemoryParts, PartStore, PresignedPut, S3Parts, base64_digest, checked_key
 from rankup.records import BlobRef
 from rankup.settings import StoreSettings
 
@@ -75,18 +75,7 @@ class StoredObject:
     """Changes with the bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class PresignedPut:
-    """Permission to write one object once it has the signed length and sha256."""
-
-    url: str
-    headers: dict[str, str]
-    """To be sent as they are."""
-    expires_at: float
-    """Unix seconds."""
-
-
-class Store(Protocol):
+class Store(PartStore, Protocol):
     """What Rankup needs of object storage. Any method may also raise UnreachableError, BusyError and SetupError."""
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
@@ -131,14 +120,6 @@ class Store(Protocol):
 
     def ensure_bucket(self) -> None:
         """Create the bucket where it is missing; it is private, as buckets are by default."""
-
-
-def _checked(key: str) -> str:
-    """Raises InputError for keys that a file-backed store could take for a path outside the bucket."""
-    parts = key.split("/")
-    if not key or len(key.encode()) > 1024 or not key.isprintable() or any(part in ("", ".", "..") for part in parts):
-        raise InputError(f"{key!r} is no valid object key", remedy="Use names without empty, '.' or '..' parts.")
-    return key
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -198,7 +179,7 @@ _NOT_HAPPENED = frozenset({"ConditionalRequestConflict", "OperationAborted", "Sl
 _DENIED = frozenset({"AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "403", "Forbidden", "ExpiredToken"})
 
 
-class S3Store:
+class S3Store(S3Parts):
     """S3 or anything compatible, through boto3: signature v4, path-style addresses, checksums only when asked for.
 
     Safe to share between threads, and may be pickled (only its settings travel). `clock` gives Unix seconds.
@@ -320,7 +301,7 @@ class S3Store:
 
     def get_with_etag(self, key: str, *, max_bytes: int) -> tuple[bytes, str]:
         with self._wrapped(key):
-            answer = self._client().get_object(Bucket=self._settings.bucket, Key=_checked(key))
+            answer = self._client().get_object(Bucket=self._settings.bucket, Key=checked_key(key))
             with contextlib.closing(answer["Body"]) as body:
                 _check_size(key, int(answer["ContentLength"]), max_bytes)
                 return bytes(body.read()), str(answer["ETag"])
@@ -336,7 +317,7 @@ class S3Store:
         wanted = f"bytes={start}-{start + length - 1}"
         with self._wrapped(key):
             try:
-                answer = self._client().get_object(Bucket=self._settings.bucket, Key=_checked(key), Range=wanted)
+                answer = self._client().get_object(Bucket=self._settings.bucket, Key=checked_key(key), Range=wanted)
             except ClientError as exc:
                 if exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
                     raise InputError(f"{key} has no bytes at offset {start}") from exc
@@ -350,7 +331,7 @@ class S3Store:
     def head(self, key: str) -> ObjectInfo | None:
         try:
             with self._wrapped(key):
-                answer = self._client().head_object(Bucket=self._settings.bucket, Key=_checked(key))
+                answer = self._client().head_object(Bucket=self._settings.bucket, Key=checked_key(key))
         except NotFoundError:
             return None
         return ObjectInfo(size_bytes=int(answer["ContentLength"]), etag=str(answer["ETag"]))
@@ -370,7 +351,7 @@ class S3Store:
                     yield StoredObject(str(entry["Key"]), int(entry["Size"]), written_at, str(entry["ETag"]))
 
     def get_file(self, key: str, path: Path, *, progress: Progress | None = None) -> None:
-        _write_atomically(path, self._chunks(_checked(key)), progress)
+        _write_atomically(path, self._chunks(checked_key(key)), progress)
 
     def _chunks(self, key: str) -> Iterator[bytes]:
         """The object in pieces; a broken connection is taken up where it broke, if the object is still the same."""
@@ -402,7 +383,7 @@ class S3Store:
             return self._put_when(key, data, content_type, IfNoneMatch="*")
         with self._wrapped(key):
             answer = self._client().put_object(
-                Bucket=self._settings.bucket, Key=_checked(key), Body=data, ContentType=content_type
+                Bucket=self._settings.bucket, Key=checked_key(key), Body=data, ContentType=content_type
             )
         return str(answer["ETag"])
 
@@ -422,7 +403,7 @@ class S3Store:
                 with self._wrapped(key):
                     answer = self._client(attempts=1).put_object(
                         Bucket=self._settings.bucket,
-                        Key=_checked(key),
+                        Key=checked_key(key),
                         Body=data,
                         ContentType=content_type,
                         **condition,
@@ -453,7 +434,7 @@ class S3Store:
             try:
                 # By name: of an open file boto3 would hold up to ten parts in memory.
                 self._client().upload_file(
-                    str(path), self._settings.bucket, _checked(key), Callback=progress, Config=transfer
+                    str(path), self._settings.bucket, checked_key(key), Callback=progress, Config=transfer
                 )
             except S3UploadFailedError as exc:
                 refused = exc.__context__
@@ -462,7 +443,7 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(NotFoundError), self._wrapped(key):
-            self._client().delete_object(Bucket=self._settings.bucket, Key=_checked(key))
+            self._client().delete_object(Bucket=self._settings.bucket, Key=checked_key(key))
 
     def ensure_bucket(self) -> None:
         from botocore.exceptions import ClientError
@@ -498,14 +479,14 @@ class S3Store:
         other headers is refused by every S3. AWS and SeaweedFS also refuse a body that does not have the signed
         checksum; not every compatible server does, so who takes an upload hashes it again before it counts."""
         ttl = ttl_s or self._settings.presign_ttl_s
-        checksum = _base64_digest(sha256)
+        checksum = base64_digest(sha256)
         expires_at = self._clock() + ttl
         url = self._presign("put_object", key, ttl, {"ContentLength": size_bytes, "ChecksumSHA256": checksum})
         headers = {"Content-Length": str(size_bytes), "x-amz-checksum-sha256": checksum}
         return PresignedPut(url=url, headers=headers, expires_at=expires_at)
 
     def _presign(self, operation: str, key: str, ttl_s: int, params: dict[str, Any]) -> str:
-        target = {"Bucket": self._settings.bucket, "Key": _checked(key), **params}
+        target = {"Bucket": self._settings.bucket, "Key": checked_key(key), **params}
         with self._wrapped(key):
             return str(self._client(public=True).generate_presigned_url(operation, Params=target, ExpiresIn=ttl_s))
 
@@ -513,10 +494,11 @@ class S3Store:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-class MemoryStore:
+class MemoryStore(MemoryParts):
     """A store in this process with the rules of `S3Store`, for tests. Its presigned URLs only name things."""
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
         self._objects: dict[str, tuple[bytes, str]] = {}
         self._written_at: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -524,7 +506,7 @@ class MemoryStore:
 
     def _find(self, key: str) -> tuple[bytes, str]:
         with self._lock:
-            found = self._objects.get(_checked(key))
+            found = self._objects.get(checked_key(key))
         if found is None:
             raise NotFoundError(f"there is no memory://{key}")
         return found
@@ -532,7 +514,7 @@ class MemoryStore:
     def _write(self, key: str, data: bytes, allowed: Callable[[str | None], bool]) -> str:
         etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
         with self._lock:
-            present = self._objects.get(_checked(key))
+            present = self._objects.get(checked_key(key))
             if not allowed(present[1] if present else None):
                 raise ConflictError(f"somebody else wrote memory://{key} first")
             self._objects[key] = (bytes(data), etag)
@@ -576,7 +558,7 @@ class MemoryStore:
 
     def delete(self, key: str) -> None:
         with self._lock:
-            self._objects.pop(_checked(key), None)
+            self._objects.pop(checked_key(key), None)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, content_type: str = OCTETS) -> str:
         return self._write(key, data, lambda present: not if_absent or present is None)
@@ -597,10 +579,10 @@ class MemoryStore:
         _write_atomically(path, chunks, progress)
 
     def presign_get(self, key: str, *, ttl_s: int | None = None) -> str:
-        return f"memory:///{_checked(key)}?expires={self._clock() + (ttl_s or 3600):.0f}"
+        return f"memory:///{checked_key(key)}?expires={self._clock() + (ttl_s or 3600):.0f}"
 
     def presign_put(self, key: str, *, size_bytes: int, sha256: str, ttl_s: int | None = None) -> PresignedPut:
-        headers = {"Content-Length": str(size_bytes), "x-amz-checksum-sha256": _base64_digest(sha256)}
+        headers = {"Content-Length": str(size_bytes), "x-amz-checksum-sha256": base64_digest(sha256)}
         return PresignedPut(
             url=self.presign_get(key, ttl_s=ttl_s), headers=headers, expires_at=self._clock() + (ttl_s or 3600)
         )
@@ -617,16 +599,6 @@ def _check_size(key: str, size_bytes: int, max_bytes: int) -> None:
 def _check_range(start: int, length: int) -> None:
     if start < 0 or length < 0:
         raise InputError(f"a range of {length} bytes from offset {start} makes no sense")
-
-
-def _base64_digest(sha256: str) -> str:
-    try:
-        raw = bytes.fromhex(sha256)
-    except ValueError as exc:
-        raise InputError(f"{sha256!r} is no hex sha256") from exc
-    if len(raw) != 32:
-        raise InputError(f"{sha256!r} is no hex sha256")
-    return base64.b64encode(raw).decode()
 
 
 # -- blobs -------------------------------------------------------------------------------------------------------------

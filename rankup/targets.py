@@ -111,6 +111,12 @@ def targets_at_tier(targets: Mapping[str, Target], recipe: Recipe, tier: int | N
     }
 
 
+def expected_delta_bytes(targets: Mapping[str, Target], mantissa_bits: int) -> int:
+    """About what a delta of these targets weighs: factors B (d_out, r) and A (r, d_in), without scales and header."""
+    numbers = sum(t.slices * t.rank * (t.d_out + t.d_in) for t in targets.values())
+    return numbers * mantissa_bits // 8
+
+
 def rank_of(recipe: Recipe, modules: Mapping[str, str]) -> dict[str, int]:
     """Rank of each weight: the longest entry of `rank_pattern` that fits its module, else the recipe's rank.
 

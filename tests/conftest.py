@@ -54,3 +54,12 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cluster"]
     state: Path = tmp_path_factory.mktemp("cluster")
     yield start_cluster(state, num_cpus=4, object_store_bytes=128 * 1024**2)
     stop_cluster()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests run in two processes: those of a file share one, and so their module's fixtures are made once; so do all
+    that need the cluster, or the server of the integration tests."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        shared = "ray_cluster" in fixtures or (item.path.parent.name == "integration" and "server" in fixtures)
+        item.add_marker(pytest.mark.xdist_group("shared" if shared else item.path.name))

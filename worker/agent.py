@@ -1,6 +1,6 @@
 """The worker's main loop: one machine, one server, one lease at a time, until it is told to stop.
 
-    settle   governor (limits, readings, orders), control socket, journal; what an earlier run left is looked through
+    settle   governor (limits, readings, orders), socket, page, journal; what an earlier run left is looked through
     join     `worker.membership`: key and token from the home folder, or enrol; same protocol or no work at all
     deliver  whatever the outbox still holds from before, first
     go on    with a training that an earlier run left a checkpoint of, if its lease is still of use
@@ -56,18 +56,19 @@ from rankup.protocol import (
     ReturnRequest,
 )
 from rankup.settings import WorkerSettings
-from worker import device, identity
+from worker import device, identity, tracking
 from worker.base import PullBase, pull_base
-from worker.checkpoint import checkpoint_progress
 from worker.client import GatewayClient, StopRequested
-from worker.control import ControlServer, Request, socket_path
-from worker.delivery import Delivery
+from worker.control import ControlServer, socket_path
+from worker.delivery import Delivery, TransferHeld
+from worker.desk import Desk
 from worker.disk import full_disk_means_disk_full
 from worker.events import (
     Abandoned,
     Claimed,
     Kept,
     NoWork,
+    PageOpened,
     Paused,
     Problem,
     Resumed,
@@ -78,13 +79,14 @@ from worker.events import (
 from worker.governor import Governor
 from worker.heart import Heart
 from worker.journal import Journal
-from worker.leasework import Lease, LeaseOverError, LeaseWork, PausedTooLongError, kept_grants, lease_folder
+from worker.leasework import Lease, LeaseOverError, LeaseWork, PausedTooLongError, begun_in, kept_grants, lease_folder
 from worker.leaves import public_reason
 from worker.membership import Membership
 from worker.outbox import Outbox, OutboxState
+from worker.page import PageServer
 from worker.readings import Machine, Sense
 from worker.retry import RetryPolicy
-from worker.status import Board, Status
+from worker.status import Board
 from worker.tally import Tally
 from worker.traffic import Traffic
 from worker.training import TRAINER_COMMAND
@@ -129,17 +131,20 @@ def run(
     """
     server = identity.normalise_url(url)
     try:
+        tracking.require(settings.report_to)
         with ExitStack() as stack, full_disk_means_disk_full(settings.home):
             folder = identity.open_folder(settings.home, server)
             stack.enter_context(folder.lock())
-            board = Board(server, Journal(folder.root, report))
+            journal = Journal(folder.root, report)
+            board = Board(server, journal)
             tally = Tally(board)
             outbox = stack.enter_context(Outbox(folder.outbox))
-            traffic = Traffic(settings.home, stop)
+            traffic = Traffic(settings.home)
             graphics = device.profile(settings.device).kind != "cpu"
             governor = stack.enter_context(
                 Governor(
                     settings.home,
+                    folder.root,
                     traffic,
                     sense or Machine(device.gpu_number(settings.device)),
                     tally,
@@ -147,12 +152,12 @@ def run(
                     dedicated=settings.dedicated,
                 )
             )
-            control = ControlServer(
-                socket_path(settings.home, server),
-                lambda request: _obey(request, stop, governor, lambda: board.status(governor, outbox, traffic)),
-            )
+            desk = Desk(settings.home, stop, governor, board, journal, outbox, traffic)
             try:
-                stack.enter_context(control)
+                stack.enter_context(ControlServer(socket_path(settings.home, server), desk.obey))
+                if settings.page_port != "off":
+                    page = stack.enter_context(PageServer(settings.home, settings.page_port, desk.obey, desk.show))
+                    tally(PageOpened(page.address))
             except SetupError as exc:
                 tally(Problem(exc))  # the work is worth more than being asked about it
             agent = _Agent(
@@ -183,21 +188,6 @@ def run(
         raise SetupError(
             f"the worker cannot use its folder: {exc}", remedy=f"Check {settings.home} and its permissions."
         ) from exc
-
-
-def _obey(request: Request, stop: threading.Event, governor: Governor, status: Callable[[], Status]) -> Status:
-    """Carry out an order from the control socket."""
-    match request.order:
-        case "pause":
-            governor.pause(request.seconds)
-        case "resume":
-            governor.resume()
-        case "finish":
-            governor.finish()
-        case "leave":
-            governor.leaving = True
-            stop.set()
-    return status()
 
 
 class _Agent:
@@ -255,7 +245,12 @@ class _Agent:
             report=tally,
         )
         self._delivery = Delivery(
-            outbox, self._membership.key, patient=self._patient, steady=self._steady, report=tally
+            outbox,
+            self._membership.key,
+            patient=self._patient,
+            steady=self._steady,
+            report=tally,
+            hold=governor.transfer_hold,
         )
         self._leases = LeaseWork(
             server,
@@ -295,6 +290,8 @@ class _Agent:
             if held is not None:
                 self._sit_out(held)
                 continue
+            if self._outbox.items(OutboxState.READY):
+                continue  # What held its upload up is over.
             answer = self._membership.with_token(lambda: self._patient.claim(self._wishes()))
             if answer.lease is None:
                 self._report(NoWork(answer.reason, answer.retry_after_s, answer.why))
@@ -314,7 +311,8 @@ class _Agent:
     def _deliver(self) -> None:
         """Upload and submit what is ready, if anything may be uploaded now, and ask for verdicts."""
         if self._governor.transfer_hold() is None:
-            self._membership.with_token(self._delivery.deliver)
+            with suppress(TransferHeld):
+                self._membership.with_token(self._delivery.deliver)
         self._ask_verdicts()
 
     def _ask_verdicts(self) -> None:
@@ -353,8 +351,7 @@ class _Agent:
 
     def _go_on_with(self, grant: LeaseGrant) -> bool:
         """Finish a lease that an earlier run left a checkpoint of; False when it is of no use any more."""
-        step, _ = checkpoint_progress(self._folder.jobs / grant.lease_id / "checkpoint")
-        beat = Heartbeat(fence=grant.fence, step=step)
+        beat = Heartbeat(fence=grant.fence, step=begun_in(self._folder.jobs / grant.lease_id).step)
         try:
             answer = self._membership.with_token(
                 lambda: with_voucher(
@@ -382,6 +379,7 @@ class _Agent:
                 grant.shard,
                 grant.recipe.steps * grant.shards,
                 grant.shards,
+                begun_in(self._folder.jobs / grant.lease_id).step,
             )
         )
         with (
@@ -403,7 +401,16 @@ class _Agent:
             except PausedTooLongError as exc:
                 self._give_back(grant, str(exc))
                 return
-            except (DiskFullError, SetupError, RetryableError) as exc:
+            except DiskFullError as exc:
+                # Who makes room and starts again goes on from what is kept; else the lease runs out.
+                begun = lease.begun()
+                lease.kept = bool(begun)
+                if lease.kept:
+                    self._report(Kept(grant.lease_id, begun.step, grant.recipe.steps * grant.shards))
+                else:
+                    self._give_back(grant, exc.cause)
+                raise
+            except (SetupError, RetryableError) as exc:
                 self._give_back(grant, exc.cause)
                 raise
             except RankupError as exc:
@@ -422,15 +429,15 @@ class _Agent:
 
     def _keep_or_give_back(self, lease: Lease) -> None:
         """The worker ends in the middle of a lease. What was trained is kept as long as the lease may still be ours."""
-        step, _ = checkpoint_progress(lease.checkpoint_file)
-        wanted = step > 0 and not self._governor.leaving
+        begun = lease.begun()
+        wanted = bool(begun) and not self._governor.leaving
         if wanted and self._keep_lease():
             lease.kept = True
         else:
             returned = self._give_back(lease.grant, _LEFT if self._governor.leaving else _STOPPED)
             lease.kept = wanted and not returned
         if lease.kept:
-            self._report(Kept(lease.grant.lease_id, step, lease.grant.recipe.steps * lease.grant.shards))
+            self._report(Kept(lease.grant.lease_id, begun.step, lease.grant.recipe.steps * lease.grant.shards))
 
     def _count_failure(self, error: RankupError) -> None:
         """Go on after a failed lease, ever more slowly; raise after the third in a row that failed on this machine."""

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from rankup.download import Limit
+
 
 class PullBase(Protocol):
     """Have version `version` of `model` in `folder`; returns the digest of its manifest."""
@@ -25,6 +27,7 @@ class PullBase(Protocol):
         publisher_key: str,
         progress: Callable[[int, int], None],
         working: Callable[[], None],
+        limit: Limit | None,
     ) -> str: ...
 
 
@@ -37,12 +40,14 @@ def pull_base(
     publisher_key: str,
     progress: Callable[[int, int], None],
     working: Callable[[], None],
+    limit: Limit | None,
 ) -> str:
     """`rankup.pull.pull` from the gateway at `server`; raises what that raises, after two tries a request.
 
     Where an older version of the model lies beside `folder`, what did not change is linked from there and the rest
     patched, so that mostly patches are fetched. `progress` is told of bytes that are fetched; `working` is called while
-    files are made out of what is here. What either raises ends the pull.
+    files are made out of what is here; `limit` is asked with every piece that arrives, and while it is waited for. What
+    any of them raises ends the pull, and the next one goes on with what has arrived.
     """
     from rankup.pull import PullProgress, pull
     from rankup.sources import GatewaySource, Patience
@@ -64,5 +69,6 @@ def pull_base(
             bases=nearest_version(folder.parent, model, version, without=folder),
             progress=on_progress,
             patience=Patience(attempts=2),
+            limit=limit,
         )
     return pulled.digest

@@ -1,7 +1,7 @@
 """Base versions on the volunteer's disk: one folder per manifest digest, the least recently used go first.
 
 What always holds: a folder named by a digest was left there by a pull that checked every hash; `make_room` never
-removes the version that is in use; a version was last used at its folder's modification time. Folders may share files
+removes the versions that are in use; a version was last used at its folder's modification time. Folders may share files
 (hard links): such a file counts once, and is gone with the last folder that has it. No network here.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from rankup.errors import StateError
@@ -48,7 +49,7 @@ def _files(folder: Path) -> dict[tuple[int, int], int]:
     return {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}
 
 
-def make_room(cache: Path, limit_bytes: int, *, keep: Path) -> list[Path]:
+def make_room(cache: Path, limit_bytes: int, *, keep: Collection[Path]) -> list[Path]:
     """Remove versions, least recently used first, until all together take at most `limit_bytes`; `keep` always stays.
 
     Returns the removed folders.
@@ -60,7 +61,7 @@ def make_room(cache: Path, limit_bytes: int, *, keep: Path) -> list[Path]:
     for folder in list(kept):
         if sum({inode: size for path in kept for inode, size in files[path].items()}.values()) <= limit_bytes:
             break
-        if folder == keep:
+        if folder in keep:
             continue
         shutil.rmtree(folder)
         kept.remove(folder)

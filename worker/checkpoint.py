@@ -1,6 +1,6 @@
 """A training that can stop between any two updates and go on in another process: what it consists of, as one file.
 
-    trained parameters · optimiser state · schedule · random states · losses and tokens so far
+    trained parameters · optimiser state · schedule · random states · what was measured so far
 
 What always holds:
 - a checkpoint is taken between updates, also in the middle of a step: a step changes nothing but its own gradients
@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from rankup.durable import sync_folder
 from rankup.errors import FatalError, InputError, IntegrityError
 from rankup.message import Digest, Message
+from rankup.recipe import Precision
 from rankup.tensorfile import TensorFile, write_tensor_file
 from worker.progress import Progress
 
@@ -56,6 +57,12 @@ class _Meta(Message):
     step: int
     tokens: int
     seconds: float
+    training_s: float = 0.0
+    energy_j: float | None = None
+    precision: Precision = "float32"
+    """Of the frozen base."""
+    scaler: dict[str, int | float] = Field(default_factory=dict)
+    """Of the loss, where it is computed in float16."""
     groups: list[dict[str, Any]]
     """The optimiser's parameter groups."""
     schedule: dict[str, Any]
@@ -76,8 +83,15 @@ class Checkpoint:
         return self.meta.step
 
     def restore_progress(self, progress: Progress) -> None:
-        """Hand over losses, tokens and time."""
-        progress.restore(self.tensors["losses"].tolist(), self.meta.tokens, self.meta.seconds)
+        """Hand over what was measured."""
+        progress.restore(
+            self.tensors["losses"].tolist(),
+            self.meta.tokens,
+            self.meta.seconds,
+            grad_norms=self.tensors["grad_norms"].tolist(),
+            training_s=self.meta.training_s,
+            energy_j=self.meta.energy_j,
+        )
 
     def restore(self, torch: Any, model: Any, optimizer: Any = None, scheduler: Any = None) -> None:
         """Put parameters, optimiser and schedule back. Raises `CheckpointError` when the model trains others."""
@@ -96,6 +110,9 @@ class Checkpoint:
                     number, _, key = rest.partition(".")
                     state.setdefault(int(number), {})[key] = tensor
             optimizer.load_state_dict({"state": state, "param_groups": self.meta.groups})
+            scaler = getattr(optimizer, "scaler", None)
+            if scaler is not None and self.meta.scaler:
+                scaler.load_state_dict(self.meta.scaler)
         if scheduler is not None:
             scheduler.load_state_dict(dict(self.meta.schedule))
 
@@ -172,6 +189,7 @@ class Keeper:
         progress: Progress,
         *,
         every_s: float,
+        precision: Precision = "float32",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._torch = torch
@@ -179,6 +197,7 @@ class Keeper:
         self._training = training
         self._progress = progress
         self._every_s = every_s
+        self._precision: Precision = precision
         self._clock = clock
         self._saved_at = clock()
         self._updating = threading.Lock()
@@ -187,7 +206,8 @@ class Keeper:
 
     def attach(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         """What the checkpoints are taken of."""
-        self._parts = (model, optimizer, scheduler)
+        # The parameters themselves: a forward pass may put others in their places for a while.
+        self._parts = (_trained(model), optimizer, scheduler)
         if self._progress.losses:
             self._note()
 
@@ -240,19 +260,25 @@ class Keeper:
             states=states,
         )
 
-    def _write(self, model: Any, optimizer: Any, scheduler: Any, at: _Moment) -> None:
+    def _write(self, trained: Mapping[str, Any], optimizer: Any, scheduler: Any, at: _Moment) -> None:
         torch = self._torch
         state = optimizer.state_dict()
-        tensors = {f"parameter.{name}": parameter for name, parameter in _trained(model).items()}
+        tensors = {f"parameter.{name}": parameter for name, parameter in trained.items()}
         for number, entry in state["state"].items():
             tensors |= {f"optimiser.{number}.{key}": torch.as_tensor(value) for key, value in entry.items()}
         tensors["losses"] = torch.tensor(self._progress.losses[: at.step], dtype=torch.float64)
+        tensors["grad_norms"] = torch.tensor(self._progress.grad_norms[: at.step], dtype=torch.float64)
+        scaler = getattr(optimizer, "scaler", None)
         meta = _Meta(
             format=FORMAT,
             training=self._training,
             step=at.step,
             tokens=at.tokens,
             seconds=self._progress.seconds(),
+            training_s=self._progress.training_s,
+            energy_j=self._progress.energy_j(),
+            precision=self._precision,
+            scaler=scaler.state_dict() if scaler is not None else {},
             groups=state["param_groups"],
             schedule=scheduler.state_dict(),
             python=at.python,

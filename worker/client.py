@@ -20,7 +20,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -48,19 +48,26 @@ from rankup.protocol import (
     EnrolRequest,
     Heartbeat,
     HeartbeatAnswer,
+    LeasesAtWork,
     LeaseView,
+    LinkMeasured,
     RestoreRequest,
     ReturnRequest,
+    Rounds,
     ServerInfo,
     SubmitRequest,
     UploadRequest,
     UploadTicket,
+    WorkerView,
 )
 from worker.disk import full_disk_means_disk_full
 from worker.retry import RetryPolicy
+from worker.uploading import StorageRefusedError, Upload
 
 MAX_ANSWER_BYTES = 16 * 1024**2
-_CHUNK_BYTES = 256 * 1024
+_CHUNK_BYTES = 64 * 1024
+_SLICE_S = 0.25
+"""How long a transfer waits for its rate at most before it looks whether it should go on, and at which rate."""
 _MAX_REFUSALS = 4
 """4xx answers of the object store to one transfer before it counts as refused."""
 _ONCE = RetryPolicy(patience_s=0.0)
@@ -74,21 +81,22 @@ Progress = Callable[[int, int], None]
 
 
 class Meter(Protocol):
-    """Is told of every byte of a body, and may wait before it returns."""
+    """Is told of every byte of a body; returns how many seconds to wait before the next ones. Asked with 0: how many
+    are left of them."""
 
-    def sent(self, count: int) -> None: ...
+    def sent(self, count: int) -> float: ...
 
-    def received(self, count: int) -> None: ...
+    def received(self, count: int) -> float: ...
 
 
 class _NoMeter:
-    """The default: counts nothing, never waits."""
+    """The default: counts nothing, asks for no waiting."""
 
-    def sent(self, count: int) -> None:
-        """Nothing to do."""
+    def sent(self, count: int) -> float:
+        return 0.0
 
-    def received(self, count: int) -> None:
-        """Nothing to do."""
+    def received(self, count: int) -> float:
+        return 0.0
 
 
 class StopRequested(Exception):
@@ -97,6 +105,10 @@ class StopRequested(Exception):
 
 def _ignore_waiting(error: RetryableError, pause_s: float) -> None:
     """The default of `on_waiting`: say nothing."""
+
+
+def _go_on() -> None:
+    """The default of `check`: nothing speaks against it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ class GatewayClient:
     """Calls to one gateway. Its methods may be used from several threads.
 
     `on_waiting` is told before each pause. `stop` ends every wait with `StopRequested`. `timeout_s` bounds the
-    connection and each read or write, not a whole transfer. `meter` counts bytes and slows them down.
+    connection and each read or write, not a whole transfer. `meter` counts bytes and says how fast they go.
     """
 
     def __init__(
@@ -155,9 +167,9 @@ class GatewayClient:
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
-    def info(self) -> ServerInfo:
+    def info(self, *, policy: RetryPolicy | None = None) -> ServerInfo:
         """What the server is. Raises `SetupError` when it speaks another protocol version."""
-        info = self._call("GET", "/v1/info", None, ServerInfo)
+        info = self._call("GET", "/v1/info", None, ServerInfo, policy)
         if info.protocol != PROTOCOL_VERSION:
             newer = info.protocol > PROTOCOL_VERSION
             raise SetupError(
@@ -165,6 +177,26 @@ class GatewayClient:
                 remedy="Update this worker: pip install -U rankup." if newer else "Ask the organiser to update.",
             )
         return info
+
+    def who_am_i(self) -> WorkerView:
+        return self._call("GET", "/v1/workers/me", None, WorkerView)
+
+    def rounds(self) -> Rounds:
+        return self._call("GET", "/v1/rounds", None, Rounds)
+
+    def leases_at_work(self, round_id: str) -> LeasesAtWork:
+        return self._call("GET", f"/v1/rounds/{round_id}/leases", None, LeasesAtWork)
+
+    def link_up(self, data: bytes) -> LinkMeasured:
+        """Send bytes that mean nothing, to see how fast they go."""
+        return self._call("PUT", "/v1/link", data, LinkMeasured)
+
+    def link_down(self, size_bytes: int) -> int:
+        """Fetch bytes that mean nothing, to see how fast they come; returns how many came."""
+        answer = self._send("GET", f"/v1/link?size={size_bytes}", None)
+        if answer.status != 200:
+            raise _gateway_error(answer, self._url)
+        return len(answer.content)
 
     def enrol(self, request: EnrolRequest) -> Enrolled:
         return self._call("POST", "/v1/workers", request, Enrolled)
@@ -209,8 +241,11 @@ class GatewayClient:
 
     # -- bytes -----------------------------------------------------------------------------------------------------
 
-    def download(self, link: BlobLink, to: Path, *, max_bytes: int, progress: Progress) -> None:
-        """Fetch the blob into `to`.
+    def download(
+        self, link: BlobLink, to: Path, *, max_bytes: int, progress: Progress, check: Callable[[], None] = _go_on
+    ) -> None:
+        """Fetch the blob into `to`. `check` is called between any two pieces, and while the rate is waited for: what it
+        raises ends the download.
 
         Raises `TooLargeError` above `max_bytes`, `IntegrityError` when the bytes do not have the announced size and
         hash, `DiskFullError`, and what `_retry` raises. Nothing is left at `to` on failure.
@@ -230,13 +265,12 @@ class GatewayClient:
                     refusals += _is_refusal(answer)
                     raise _storage_error(answer, "download", last=refusals >= _MAX_REFUSALS)
                 for chunk in answer.iter_bytes(_CHUNK_BYTES):
-                    self._check_stop()
                     done += len(chunk)
                     if done > link.size_bytes:
                         raise IntegrityError(f"{to.name} is longer than the announced {link.size_bytes} bytes")
                     digest.update(chunk)
                     file.write(chunk)
-                    self._meter.received(len(chunk))
+                    self._pace(self._meter.received, len(chunk), check)
                     progress(done, link.size_bytes)
                 file.flush()
                 os.fsync(file.fileno())
@@ -252,37 +286,47 @@ class GatewayClient:
         finally:
             partial.unlink(missing_ok=True)
 
-    def upload(self, lease_id: str, request: UploadRequest, path: Path, *, progress: Progress) -> None:
-        """Ask for a ticket and PUT the file where it says, in pieces; a new ticket for every try, as URLs run out.
+    def upload(
+        self,
+        lease_id: str,
+        request: UploadRequest,
+        path: Path,
+        *,
+        progress: Progress,
+        check: Callable[[], None] = _go_on,
+    ) -> None:
+        """Have the file in object storage: what is missing of it is sent where a ticket says, and a new ticket is asked
+        for after every failure (`worker.uploading`). Patience begins anew with every part that has arrived.
 
-        A ticket with `already_there` sends nothing. Raises `InputError` when the object store goes on refusing.
+        `check` as in `download`. Raises `InputError` when the object store goes on refusing, `IntegrityError` when the
+        file does not have the hash of the request.
         """
-        size = path.stat().st_size
-        refusals = 0
+        upload = Upload(
+            path,
+            request,
+            ask=lambda asked: self.upload_ticket(lease_id, asked, policy=_ONCE),
+            put=self._put,
+            pace=lambda count: self._pace(self._meter.sent, count, check),
+            progress=progress,
+        )
+        self._retry(upload.attempt, self._policy, mark=lambda: upload.accepted)
 
-        def pieces() -> Iterator[bytes]:
-            done = 0
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    self._check_stop()
-                    yield chunk
-                    self._meter.sent(len(chunk))
-                    done += len(chunk)
-                    progress(done, size)
+    def _put(self, url: str, headers: dict[str, str], content: Iterator[bytes]) -> None:
+        answer = self._storage.put(self._absolute(url), content=content, headers=headers)
+        if not answer.is_success:
+            kind = StorageRefusedError if _is_refusal(answer) else RetryableError
+            raise kind(_storage_cause(answer, "upload"))
 
-        def send() -> None:
-            nonlocal refusals
-            granted = self.upload_ticket(lease_id, request, policy=_ONCE)
-            if granted.already_there:
-                progress(size, size)
+    def _pace(self, take: Callable[[int], float], count: int, check: Callable[[], None]) -> None:
+        """Wait as the meter asks after `count` bytes; a rate that changes meanwhile holds at once."""
+        wait_s = take(count)
+        while True:
+            self._check_stop()
+            check()
+            if wait_s <= 0:
                 return
-            headers = _with_length(granted.headers, size)
-            answer = self._storage.put(self._absolute(granted.url), content=pieces(), headers=headers)
-            if not answer.is_success:
-                refusals += _is_refusal(answer)
-                raise _storage_error(answer, "upload", last=refusals >= _MAX_REFUSALS)
-
-        self._retry(send, self._policy)
+            self._stop.wait(min(wait_s, _SLICE_S))
+            wait_s = take(0)
 
     def _absolute(self, url: str) -> str:
         """`url`, joined to the gateway's address where it is relative; a presigned one stays as it was signed."""
@@ -291,7 +335,12 @@ class GatewayClient:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _call(
-        self, method: str, path: str, body: BaseModel | None, answer: type[Model], policy: RetryPolicy | None = None
+        self,
+        method: str,
+        path: str,
+        body: BaseModel | bytes | None,
+        answer: type[Model],
+        policy: RetryPolicy | None = None,
     ) -> Model:
         def once() -> Model:
             response = self._send(method, path, body)
@@ -304,11 +353,12 @@ class GatewayClient:
 
         return self._retry(once, policy or self._policy)
 
-    def _send(self, method: str, path: str, body: BaseModel | None) -> _Reply:
+    def _send(self, method: str, path: str, body: BaseModel | bytes | None) -> _Reply:
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        content = body.model_dump_json().encode() if body is not None else (b"{}" if method == "POST" else None)
+        content = body.model_dump_json().encode() if isinstance(body, BaseModel) else body
+        content = b"{}" if content is None and method == "POST" else content
         if content is not None:
-            headers["Content-Type"] = "application/json"
+            headers["Content-Type"] = "application/octet-stream" if isinstance(body, bytes) else "application/json"
             self._meter.sent(len(content))
         try:
             with self._gateway.stream(method, path, content=content, headers=headers) as response:
@@ -322,9 +372,14 @@ class GatewayClient:
         except httpx2.HTTPError as exc:
             raise _unreachable(exc, self._url) from exc
 
-    def _retry(self, attempt: Callable[[], Result], policy: RetryPolicy) -> Result:
-        """Run `attempt` until it succeeds, fails for good, patience is over (last error raised) or stop is set."""
-        failures = 0
+    def _retry(
+        self, attempt: Callable[[], Result], policy: RetryPolicy, *, mark: Callable[[], int] = lambda: 0
+    ) -> Result:
+        """Run `attempt` until it succeeds, fails for good, patience is over (last error raised) or stop is set.
+
+        A `mark` that has grown since the last failure is progress: failures are counted anew.
+        """
+        failures = reached = 0
         first_failure: float | None = None
         while True:
             self._check_stop()
@@ -335,6 +390,8 @@ class GatewayClient:
             except httpx2.HTTPError as exc:
                 error = _unreachable(exc, self._url)
                 error.__cause__ = exc
+            if mark() > reached:
+                reached, failures, first_failure = mark(), 0, None
             failures += 1
             now = self._clock()
             first_failure = now if first_failure is None else first_failure
@@ -366,11 +423,15 @@ def _is_refusal(answer: httpx2.Response) -> bool:
 
 def _storage_error(answer: httpx2.Response, what: str, *, last: bool) -> RankupError:
     """What an object store's refusal means. A 4xx is tried again a few times: an expired URL or damage on the way."""
-    detail = answer.read()[:300].decode(errors="replace").strip()
-    cause = f"the object store answered {answer.status_code} to the {what}" + (f": {detail}" if detail else "")
+    cause = _storage_cause(answer, what)
     if last:
         return InputError(cause, remedy="Tell the organiser: the object store refuses what the gateway allowed.")
     return RetryableError(cause)
+
+
+def _storage_cause(answer: httpx2.Response, what: str) -> str:
+    detail = answer.read()[:300].decode(errors="replace").strip()
+    return f"the object store answered {answer.status_code} to the {what}" + (f": {detail}" if detail else "")
 
 
 def _unreachable(exc: httpx2.HTTPError, url: str) -> UnreachableError:
@@ -379,9 +440,3 @@ def _unreachable(exc: httpx2.HTTPError, url: str) -> UnreachableError:
         f"{url} does not answer ({reason})",
         remedy="Check the address and this machine's network; the server may be restarting.",
     )
-
-
-def _with_length(headers: Mapping[str, str], size: int) -> dict[str, str]:
-    """The ticket's headers as they are, plus the length, without which a body in pieces would be sent chunked."""
-    named = {name.lower() for name in headers}
-    return dict(headers) if "content-length" in named else {**headers, "Content-Length": str(size)}

@@ -7,8 +7,8 @@ What always holds:
 - a socket that nobody listens on is the rest of a dead agent: askers pass over it, the next agent replaces it;
 - the agent's work never waits for an asker.
 
-An order only sets what the agent looks at anyway; nothing of the network, and nothing but the agent's own status, can
-be reached through it.
+What an order does is `worker.desk`'s; nothing of the network, and nothing but the agent's own status and limits, can be
+reached through it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from rankup.errors import NotFoundError, SetupError, StateError, UnreachableErro
 from rankup.message import Answer, Finite, Message
 from worker.status import Status
 
-MAX_REQUEST_BYTES = 4096
+MAX_REQUEST_BYTES = 16 * 1024
 MAX_ANSWER_BYTES = 1024**2
 TIMEOUT_S = 5.0
 _LOOK_S = 0.2
 _LONGEST_ADDRESS = 100
 """Bytes of a path that fit into a socket address on every system."""
 
-Order = Literal["status", "pause", "resume", "finish", "leave"]
+Order = Literal["status", "pause", "resume", "finish", "leave", "limits"]
 
 
 class Request(Message):
@@ -45,6 +45,8 @@ class Request(Message):
     order: Order
     seconds: Annotated[Finite, Field(gt=0, le=31_536_000)] | None = None
     """Of a pause; None: until `resume`."""
+    changes: Annotated[tuple[Annotated[str, Field(max_length=8192)], ...], Field(max_length=64)] = ()
+    """Of limits: NAME=VALUE, as for `rankup worker limits set`."""
 
 
 class Reply(Answer):
@@ -68,7 +70,7 @@ class ControlServer:
     Entering raises `SetupError` where another agent listens there.
     """
 
-    def __init__(self, path: Path, answer: Callable[[Request], Status]) -> None:
+    def __init__(self, path: Path, answer: Callable[[Request], Reply]) -> None:
         self._path = path
         self._answer = answer
         self._over = threading.Event()
@@ -119,7 +121,7 @@ class ControlServer:
             request = Request.model_validate_json(line)
         except ValidationError as exc:
             return Reply(error=f"this is not a request: {exc.errors()[0]['msg']}")
-        return Reply(status=self._answer(request))
+        return self._answer(request)
 
 
 # -- the asker's side --------------------------------------------------------------------------------------------------

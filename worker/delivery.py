@@ -5,6 +5,8 @@ What always holds:
   submission, and the outbox moves only after the server has acknowledged;
 - a delta leaves the outbox by a verdict or by a fatal answer of the server, never because a server was away, or forgot
   a lease whose voucher is here;
+- an upload ends between two pieces as soon as the machine's owner wants nothing transferred, and what has arrived of it
+  is not sent again;
 - asking for verdicts never waits for a server that does not answer.
 """
 
@@ -30,8 +32,13 @@ _ONCE = RetryPolicy(patience_s=0.0)
 _LONGEST_WAIT_FOR_VERDICT_S = 30 * 86_400.0
 
 
+class TransferHeld(Exception):
+    """Nothing may be uploaded now; carries the reason. Not an error, so not in the error tree."""
+
+
 class Delivery:
-    """Delivers what `outbox` holds. `patient` rides out outages, `steady` answers or fails at once."""
+    """Delivers what `outbox` holds. `patient` rides out outages, `steady` answers or fails at once. `hold` says why
+    nothing may be uploaded now; None: it may."""
 
     def __init__(
         self,
@@ -41,6 +48,7 @@ class Delivery:
         patient: GatewayClient,
         steady: GatewayClient,
         report: Callable[[WorkerEvent], None],
+        hold: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._outbox = outbox
@@ -48,6 +56,7 @@ class Delivery:
         self._patient = patient
         self._steady = steady
         self._report = report
+        self._hold = hold
         self._clock = clock
         self._one_asker = threading.Lock()
 
@@ -55,7 +64,8 @@ class Delivery:
         """Upload and submit everything that is ready, oldest first.
 
         A delta that the server refuses for good is dropped and reported. Raises `UnauthenticatedError` (enrol again,
-        then repeat), `RetryableError` (patience is over, the outbox keeps the rest) and `StopRequested`.
+        then repeat), `RetryableError` (patience is over, the outbox keeps the rest), `TransferHeld` (it keeps the rest
+        too) and `StopRequested`.
         """
         for item in self._outbox.items(OutboxState.READY):
             try:
@@ -113,9 +123,14 @@ class Delivery:
             request,
             item.path,
             progress=lambda done, total: self._report(Uploading(item.lease_id, done, total)),
+            check=self._require_allowed,
         )
         signature = signing.sign(self._key, "submit", statement)
         self._patient.submit(item.lease_id, SubmitRequest(statement=statement, signature=signature))
+
+    def _require_allowed(self) -> None:
+        if (reason := self._hold()) is not None:
+            raise TransferHeld(reason)
 
     def _ask_verdict(self, item: OutboxItem) -> None:
         ask = partial(self._steady.lease, item.lease_id, policy=_ONCE)

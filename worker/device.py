@@ -1,7 +1,8 @@
 """What this machine can train on, found out without importing torch.
 
 What always holds: `profile` answers in about a second, never raises because a tool is missing, and never touches the
-GPU's memory. What it says is for display and for choosing work; the trainer asks torch itself.
+GPU's memory; "auto" means a card only where the installed torch can use one, as it does in the trainer. What it says is
+for display and for choosing work; the trainer asks torch itself.
 """
 
 from __future__ import annotations
@@ -9,13 +10,10 @@ from __future__ import annotations
 import itertools
 import os
 import platform
-import shutil
-import subprocess
 from pathlib import Path
 
 from rankup.protocol import DeviceProfile
-
-_QUERY_TIMEOUT_S = 10.0
+from worker.cards import knows_cuda, nvidia_smi, torch_build
 
 
 def usable_threads(wanted: int = 0) -> int:
@@ -29,7 +27,7 @@ def profile(device: str = "auto", threads: int = 0) -> DeviceProfile:
 
     `memory_bytes` is the GPU's memory for cuda and the machine's RAM otherwise.
     """
-    if device == "auto" or device.startswith("cuda"):
+    if means_card(device):
         gpu = _nvidia(gpu_number(device))
         if gpu is not None:
             return DeviceProfile(kind="cuda", name=gpu[0], memory_bytes=gpu[1], threads=usable_threads(threads))
@@ -47,9 +45,9 @@ def profile(device: str = "auto", threads: int = 0) -> DeviceProfile:
 
 def free_memory(device: str = "auto") -> int | None:
     """Bytes that a training may take now: of the card for cuda, of the machine for cpu and mps; None: unknown."""
-    if device == "auto" or device.startswith("cuda"):
+    if means_card(device):
         card = gpu_number(device)
-        free = parse_free_memory(_nvidia_smi("memory.free") or "")
+        free = parse_free_memory(nvidia_smi("memory.free") or "")
         if card < len(free):
             return free[card]
         if device != "auto":
@@ -106,18 +104,11 @@ def parse_free_memory(text: str) -> list[int]:
     return [int(mebibytes) * 1024**2 for mebibytes in told]
 
 
+def means_card(device: str) -> bool:
+    """Whether `device` asks for an NVIDIA card, if there is one."""
+    return device.startswith("cuda") or (device == "auto" and knows_cuda(torch_build()))
+
+
 def _nvidia(number: int) -> tuple[str, int] | None:
-    gpus = parse_nvidia_smi(_nvidia_smi("name,memory.total") or "")
+    gpus = parse_nvidia_smi(nvidia_smi("name,memory.total") or "")
     return gpus[number] if number < len(gpus) else None
-
-
-def _nvidia_smi(fields: str) -> str | None:
-    """These fields of every card, as lines; None where there is no driver, or one that does not answer."""
-    binary = shutil.which("nvidia-smi")
-    if binary is None:
-        return None
-    command = [binary, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None

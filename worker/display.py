@@ -25,12 +25,14 @@ from rich.text import Text
 from rankup.protocol import NoWorkCode
 from worker.events import (
     Abandoned,
+    Answering,
     Claimed,
     Downloading,
     Dropped,
     Enrolled,
     Kept,
     NoWork,
+    PageOpened,
     Paused,
     Problem,
     Resumed,
@@ -45,6 +47,7 @@ from worker.events import (
     shards_in_words,
 )
 
+_DOWNLOADED: Mapping[str, str] = {"base": "the base version", "teacher": "the teacher"}
 Report = Callable[[WorkerEvent], None]
 _QUIET_S = 2.0
 _NO_WORK: Mapping[NoWorkCode | None, str] = {
@@ -97,6 +100,8 @@ def describe(event: WorkerEvent) -> str:
         case Enrolled():
             wait = "; the organiser has to approve this machine before it gets work" if event.waiting else ""
             return f"{'Joined' if event.new else 'Back at'} {event.server} as {event.name} ({event.worker_id}){wait}"
+        case PageOpened():
+            return f"What it does is shown at {event.address} (`rankup worker page --open`)"
         case Claimed():
             return (
                 f"Got {shards_in_words(event.shard, event.shards)} of round {event.round_id}: {event.steps} steps on "
@@ -106,10 +111,12 @@ def describe(event: WorkerEvent) -> str:
             reason = event.reason.rstrip(".") or _NO_WORK[event.why]
             return f"No work now: {reason}; asking again in {event.retry_after_s:.0f} s"
         case Downloading():
-            name = "the base version" if event.what == "base" else "the examples"
+            name = _DOWNLOADED.get(event.what, "the examples")
             return f"Downloading {name}: {_amount(event.done)} of {_amount(event.total)}"
         case Starting():
             return "Loading the model"
+        case Answering():
+            return f"The teacher answers {event.done} of {event.total} prompts"
         case Step():
             return f"Step {event.step} of {event.steps}: loss {event.loss:.3f}, {event.tokens_per_s:.0f} tokens/s"
         case Paused():
@@ -171,7 +178,7 @@ class PlainDisplay:
 
     def __call__(self, event: WorkerEvent) -> None:
         now = self._clock()
-        if isinstance(event, Step | Downloading | Uploading | Waiting | NoWork) and self._last is not None:
+        if isinstance(event, Step | Answering | Downloading | Uploading | Waiting | NoWork) and self._last is not None:
             kind, then = self._last
             if kind is type(event) and now - then < self._quiet_s and not _is_last(event):
                 return
@@ -183,7 +190,7 @@ def _is_last(event: WorkerEvent) -> bool:
     match event:
         case Step():
             return event.step == event.steps
-        case Downloading() | Uploading():
+        case Answering() | Downloading() | Uploading():
             return event.done == event.total
     return False
 
@@ -213,7 +220,7 @@ class LiveDisplay:
             case Step():
                 self._bar = (event.step, event.steps)
                 self._numbers = f"loss {event.loss:.3f} · {event.tokens_per_s:.0f} tokens/s"
-            case Downloading() | Uploading():
+            case Answering() | Downloading() | Uploading():
                 self._bar = (event.done, max(1, event.total))
             case Submitted():
                 self._tokens += event.tokens
@@ -226,7 +233,7 @@ class LiveDisplay:
                 self._lasting(words, "red")
             case Abandoned() | Paused() | Kept():
                 self._lasting(words, "yellow")
-            case Enrolled() | Claimed():
+            case Enrolled() | PageOpened() | Claimed():
                 self._numbers = ""
                 self._lasting(words, "bold")
             case NoWork() | Waiting() | Starting() | Resumed():

@@ -1,109 +1,109 @@
-"""`rankup worker doctor`: can this machine train, and what to do where it cannot.
+"""`rankup worker doctor`, and what `join` looks at first: can this machine work, and what will it do.
 
-What always holds: every finding that is not ok carries a remedy; nothing heavy is imported (extras are looked up, not
-loaded); a check that cannot be made says so instead of raising.
+What always holds: every finding that is not ok carries a remedy; nothing is written but the measured links and the
+count of their bytes. The machine alone takes about a second; a server two or three more, and its links up to five.
+
+The checks are those of `worker.machine_probe` and `worker.server_probe`; the plan is `worker.plan`'s.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+import time
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Final
 
-from rankup.errors import RankupError, SetupError
+from rankup.errors import DeniedError, FatalError, RankupError, SetupError, UnreachableError
 from rankup.settings import WorkerSettings
-from worker import device, identity
-from worker.client import GatewayClient
-from worker.retry import RetryPolicy
+from worker import identity, machine_probe, server_probe
+from worker.finding import Finding, Grade, fail
+from worker.links import Links
+from worker.machine_probe import Allowance, Hands
+from worker.plan import Plan, Resources
+from worker.planreader import base_reader, hardware_of, read_plan
+from worker.readings import Sense
+from worker.server_probe import Guest
 
-TRAINER_LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
-MIN_FREE_DISK_BYTES = 5 * 1024**3
-MIN_MEMORY_BYTES = 4 * 1024**3
-MAX_CLOCK_OFFSET_S = 300.0
-_INSTALL = "Install the trainer: pip install 'rankup[worker]'."
+_ERRORS: Final[dict[str, type[RankupError]]] = {"server": UnreachableError, "member": DeniedError}
+"""Check -> what its failure is; every other one is something that this machine lacks."""
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One check: its name, whether it is fine, what was found, and what to do if it is not."""
+class Examination:
+    """What was found, and what the worker will do; no plan where no server was asked, or it does not answer."""
 
-    name: str
-    ok: bool
-    detail: str
-    remedy: str = ""
+    findings: tuple[Finding, ...]
+    plan: Plan | None = None
 
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        """What keeps the worker from working."""
+        return tuple(finding for finding in self.findings if finding.grade is Grade.FAIL)
 
-def missing_libraries(find: Callable[[str], object] = importlib.util.find_spec) -> list[str]:
-    """The trainer's libraries that are not installed; `find` looks one up without importing it."""
-    return [name for name in TRAINER_LIBRARIES if find(name) is None]
-
-
-def require_trainer() -> None:
-    """Raise `SetupError` when the trainer's libraries are missing."""
-    missing = missing_libraries()
-    if missing:
-        raise SetupError(f"the trainer needs {', '.join(missing)}, not installed here", remedy=_INSTALL)
+    def require_fit(self) -> None:
+        """Raise the first failure, with its remedy: `UnreachableError` for the server, `DeniedError` for one that does
+        not want this machine, else `SetupError`."""
+        for finding in self.failed:
+            raise _ERRORS.get(finding.check, SetupError)(f"{finding.check}: {finding.found}", remedy=finding.remedy)
 
 
-def examine(settings: WorkerSettings, url: str | None) -> list[Finding]:
-    """All checks of this machine, and of the server at `url` when there is one."""
-    findings = [
-        _libraries(missing_libraries()),
-        _disk(settings.home),
-        _memory(device.total_memory()),
-        _device(settings),
-    ]
-    return [*findings, *_server(settings, url)] if url else findings
+def examine(
+    settings: WorkerSettings,
+    url: str | None = None,
+    *,
+    invite: str = "",
+    joining: bool = False,
+    sense: Sense | None = None,
+) -> Examination:
+    """All checks of this machine, and of the server at `url` when there is one, with the plan for its open rounds.
 
-
-def _libraries(missing: Sequence[str]) -> Finding:
-    detail = f"missing: {', '.join(missing)}" if missing else ", ".join(TRAINER_LIBRARIES)
-    return Finding("libraries", not missing, detail, _INSTALL)
-
-
-def _disk(home: Path) -> Finding:
-    existing = next((path for path in (home, *home.parents) if path.exists()), Path("/"))
-    free = shutil.disk_usage(existing).free
-    remedy = f"Free some space; base versions and deltas need {MIN_FREE_DISK_BYTES / 2**30:.0f} GiB at the least."
-    return Finding("disk", free >= MIN_FREE_DISK_BYTES, f"{free / 2**30:.1f} GiB free at {existing}", remedy)
-
-
-def _memory(total: int) -> Finding:
-    if total == 0:
-        return Finding("memory", False, "unknown", "Install psutil, so that the memory can be read.")
-    remedy = f"Training needs {MIN_MEMORY_BYTES / 2**30:.0f} GiB at the least; use another machine."
-    return Finding("memory", total >= MIN_MEMORY_BYTES, f"{total / 2**30:.1f} GiB", remedy)
-
-
-def _device(settings: WorkerSettings) -> Finding:
-    found = device.profile(settings.device, settings.threads)
-    wanted = settings.device.partition(":")[0]
-    size = f"{found.memory_bytes / 2**30:.1f} GiB" if found.memory_bytes else "memory unknown"
-    detail = f"{found.kind}: {found.name or 'unnamed'}, {size}, {found.threads} threads"
-    remedy = f"{settings.device} was asked for; install its driver or set RANKUP_WORKER_DEVICE to what is there."
-    return Finding("device", wanted in ("auto", found.kind), detail, remedy)
-
-
-def _server(settings: WorkerSettings, url: str) -> Iterator[Finding]:
+    `joining`: a server that does not answer is waited for by a machine that has joined it before, so that is a warning;
+    and links that were measured within a day are not measured again.
+    """
+    hands = Hands.find(settings)
     try:
-        server = identity.normalise_url(url)
-        with GatewayClient(server, timeout_s=min(settings.timeout_s, 10.0), policy=RetryPolicy(0.0)) as client:
-            info = client.info()
-            offset = client.server_clock_offset_s()
-    except RankupError as exc:
-        yield Finding("server", False, exc.cause, exc.remedy)
-        return
-    models = ", ".join(info.models) or "no model yet"
-    yield Finding("server", True, f"protocol {info.protocol}, rankup {info.server_version}, {models}")
-    yield clock_finding(offset)
+        server = identity.normalise_url(url) if url else None
+        allowed = Allowance.read(settings, server, hands.kind, sense)
+        guest = Guest.of(settings, server, invite=invite, joining=joining) if server else None
+    except FatalError as exc:
+        return Examination((fail("settings", exc.cause, exc.remedy),))
+    findings = machine_probe.look(settings, hands, allowed)
+    if guest is None:
+        return Examination(tuple(findings))
+    with server_probe.open_client(settings, guest, allowed) as client:
+        finding, info = server_probe.ask_server(client, guest, settings.patience_s)
+        findings.append(finding)
+        if info is None:
+            return Examination(tuple(findings))
+        findings.append(server_probe.ask_standing(client, guest, info))
+        changed = server_probe.check_publisher(guest, info)
+        findings += [changed] if changed is not None else []
+        try:
+            offset_s = client.server_clock_offset_s()
+        except RankupError:
+            offset_s = None
+        findings.append(server_probe.clock_finding(offset_s))
+        finding, links = server_probe.find_links(client, guest, allowed, now=time.time())
+        findings.append(finding)
+        plan = read_plan(
+            client,
+            resources(settings, hands, allowed, links),
+            hardware_of(hands.kind, hands.free_bytes, hands.card.capability if hands.card is not None else None),
+            base_reader(guest.server, settings.home / "cache", info.publisher_key),
+            time.time() + (offset_s or 0.0),
+        )
+    return Examination(tuple(findings), plan)
 
 
-def clock_finding(offset_s: float | None) -> Finding:
-    """Enrolment is refused when the clocks are an hour apart; a few minutes are a sign of trouble to come."""
-    if offset_s is None:
-        return Finding("clock", True, "the server does not tell its time")
-    off = abs(offset_s)
-    detail = f"{off:.0f} s {'behind' if offset_s > 0 else 'ahead of'} the server"
-    return Finding("clock", off <= MAX_CLOCK_OFFSET_S, detail, "Set the clock: timedatectl set-ntp true.")
+def resources(settings: WorkerSettings, hands: Hands, allowed: Allowance, links: Links) -> Resources:
+    """What this machine has for the work, as the plan wants it."""
+    limits = allowed.limits
+    return Resources(
+        memory_bytes=hands.memory_bytes,
+        disk_free_bytes=machine_probe.free_disk(settings.home)[0],
+        quota_bytes=machine_probe.quota_bytes(settings, limits),
+        up=links.up,
+        down=links.down,
+        daily_bytes=limits.daily_xfer_limit_mb * 1e6 or None,
+        models=settings.models,
+        precision=settings.precision,
+    )

@@ -24,6 +24,13 @@ class Enrolled:
 
 
 @dataclass(frozen=True)
+class PageOpened:
+    """The page for the owner is served at `address`."""
+
+    address: str
+
+
+@dataclass(frozen=True)
 class Claimed:
     """Shards to train: `shard` is the first of `shards`."""
 
@@ -35,6 +42,8 @@ class Claimed:
     steps: int
     """Of the whole lease."""
     shards: int = 1
+    step: int = 0
+    """Where an earlier run left it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class NoWork:
 
 @dataclass(frozen=True)
 class Downloading:
-    """Bytes of the base version or of the lease's shards; `what` is "base" or "shard"."""
+    """Bytes of the base version, of a teacher or of the lease's shards; `what` is "base", "teacher" or "shard"."""
 
     what: str
     done: int
@@ -63,6 +72,14 @@ class Starting:
 
 
 @dataclass(frozen=True)
+class Answering:
+    """Distillation: the teacher has answered `done` of the prompts that the pupil will learn from."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One optimiser step is done; `loss` in nats per token."""
 
@@ -70,6 +87,9 @@ class Step:
     steps: int
     loss: float
     tokens_per_s: float
+    grad_norm: float | None = None
+    energy_j: float | None = None
+    """Joules of the whole training so far; None: the card does not tell."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +192,12 @@ def shards_in_words(shard: int, shards: int) -> str:
 
 WorkerEvent = (
     Enrolled
+    | PageOpened
     | Claimed
     | NoWork
     | Downloading
     | Starting
+    | Answering
     | Step
     | Paused
     | Resumed

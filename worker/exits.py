@@ -9,6 +9,7 @@ from __future__ import annotations
 from rankup.errors import DiskFullError, InputError, RankupError, SetupError
 from worker.disk import is_disk_full
 from worker.job import Failed, TrainerExit
+from worker.precision import DoesNotFitError
 from worker.progress import NotFiniteError
 
 _MEMORY_WORDS = ("out of memory", "can't allocate", "cublas_status_alloc_failed")
@@ -25,6 +26,8 @@ def exit_code(error: BaseException) -> TrainerExit:
         return TrainerExit.NOT_FINITE
     if isinstance(error, RuntimeError) and any(name in str(error) for name in _DRIVER_WORDS):
         return TrainerExit.DEVICE_FAILED
+    if isinstance(error, DoesNotFitError):
+        return TrainerExit.DOES_NOT_FIT
     if isinstance(error, SetupError):
         return TrainerExit.MISSING_EXTRA
     return TrainerExit.BAD_JOB if isinstance(error, InputError) else TrainerExit.CRASHED

@@ -58,9 +58,24 @@ class Heart:
         """Why the server wants no delta of this lease any more; None while it does."""
         return self._abandon
 
-    def note(self, step: int, loss: float, tokens_per_s: float) -> None:
+    def note(
+        self,
+        step: int,
+        loss: float,
+        tokens_per_s: float,
+        *,
+        grad_norm: float | None = None,
+        energy_j: float | None = None,
+    ) -> None:
         """What the next beat will say."""
-        self._beat = Heartbeat(fence=self._grant.fence, step=step, loss=loss, tokens_per_s=tokens_per_s)
+        self._beat = Heartbeat(
+            fence=self._grant.fence,
+            step=step,
+            loss=loss,
+            tokens_per_s=tokens_per_s,
+            grad_norm=grad_norm,
+            energy_j=energy_j,
+        )
 
     def __enter__(self) -> Heart:
         self._thread.start()

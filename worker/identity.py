@@ -96,10 +96,15 @@ def normalise_url(url: str) -> str:
     return text.rstrip("/")
 
 
+def folder_of(home: Path, url: str) -> ServerFolder:
+    """The folder for `url` under `home`, whether it is there or not."""
+    host = re.sub(r"[^a-z0-9.-]+", "-", url.split("://", 1)[-1].lower()).strip("-")[:48]
+    return ServerFolder(home / "servers" / f"{host}-{hashlib.sha256(url.encode()).hexdigest()[:8]}")
+
+
 def open_folder(home: Path, url: str) -> ServerFolder:
     """The folder for `url` under `home`, created with mode 700 where it is missing."""
-    host = re.sub(r"[^a-z0-9.-]+", "-", url.split("://", 1)[-1].lower()).strip("-")[:48]
-    folder = ServerFolder(home / "servers" / f"{host}-{hashlib.sha256(url.encode()).hexdigest()[:8]}")
+    folder = folder_of(home, url)
     for path in (home, folder.root, folder.outbox, folder.jobs, folder.logs):
         path.mkdir(parents=True, exist_ok=True)
     for path in (home, folder.root):

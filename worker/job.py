@@ -16,8 +16,9 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, TypeAdapter
 
 from rankup.message import Digest, Finite, Identifier, Message, TensorName
-from rankup.protocol import MAX_SHARDS_PER_LEASE
-from rankup.recipe import Recipe
+from rankup.protocol import MAX_SHARDS_PER_LEASE, DeviceKind
+from rankup.recipe import Precision, Recipe
+from rankup.settings import Reporter
 from rankup.targets import Target
 
 
@@ -34,6 +35,8 @@ class TrainerExit(IntEnum):
     DEVICE_FAILED = 70
     """The device or its driver reported an error that is none of the training's."""
     OUT_OF_MEMORY = 71
+    DOES_NOT_FIT = 72
+    """By what is free, so nothing was loaded; training again at once gives the same answer."""
     DISK_FULL = 74
     PAUSED = 75
     """Ended because it was asked to; what was trained so far is in the checkpoint."""
@@ -51,6 +54,8 @@ class Job(Message):
     base_manifest: Digest
     base_folder: Path
     """A Hugging Face folder whose hashes have been checked."""
+    teacher_folder: Path | None = None
+    """Another one: of the version that answers the prompts, where the recipe distils."""
     shard_files: Annotated[tuple[Path, ...], Field(min_length=1, max_length=MAX_SHARDS_PER_LEASE)]
     """JSON lines, one example each, in the order of the shards; all of them are trained together."""
     delta_file: Path
@@ -66,7 +71,13 @@ class Job(Message):
     checkpoint_every_s: Annotated[Finite, Field(gt=0)] = 60.0
     """A crash loses at most this much computing, and the step it happens in."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Examples that are in memory at a time; None: the whole batch. A batch is the recipe's in any case."""
+    """Examples that are in memory at a time, at most; None: as many as fit. A batch is the recipe's in any case."""
+    precision: Precision | Literal["auto"] = "auto"
+    """What the base is held in; auto: what `worker.precision` chooses."""
+    report_to: tuple[Reporter, ...] = ()
+    """Programs that are told loss and gradient norm of each step: see `worker.tracking`."""
+    report_folder: Path | None = None
+    """Where those keep their files."""
     nice: Annotated[int, Field(ge=0, le=19)] = 0
     """Added to the process's niceness."""
     share_percent: Annotated[int, Field(ge=1, le=100)] = 100
@@ -76,6 +87,11 @@ class Job(Message):
     def steps(self) -> int:
         """Optimiser steps over all shards; warm-up and schedule go over all of them."""
         return self.recipe.steps * len(self.shard_files)
+
+    @property
+    def answers_file(self) -> Path:
+        """Distillation: what the teacher answered, kept beside the delta to go on from."""
+        return self.delta_file.with_name(ANSWERS_NAME)
 
     def training_digest(self) -> str:
         """What is trained, as sha256: a checkpoint of one job serves another exactly if these are equal.
@@ -96,11 +112,26 @@ class Ready(Message):
     examples: int
     step: Annotated[int, Field(ge=0)] = 0
     """Steps that a checkpoint brought along."""
+    precision: Precision = "float32"
+    """Of the frozen base."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """Examples that are in memory at a time."""
+    checkpointing: bool = False
+    """Whether activations are computed twice, to save memory."""
     pausable: bool = False
     """Whether `PAUSE` on standard input makes it write a checkpoint and end."""
     import_s: Finite
     setup_s: Finite
     """Loading the base and preparing the shards, imports not counted."""
+
+
+class Answered(Message):
+    """Distillation, before `Ready`: so many prompts of all that are asked have the teacher's answer. No answer that was
+    told of is lost in a pause, which may come from the first such line on."""
+
+    kind: Literal["answered"] = "answered"
+    done: Annotated[int, Field(ge=0)]
+    total: Annotated[int, Field(ge=1)]
 
 
 class StepDone(Message):
@@ -110,11 +141,15 @@ class StepDone(Message):
     step: int
     steps: int
     loss: Finite
-    """Mean loss of the batch in nats per token."""
+    """Mean loss of the batch: in nats per token, of preferences as `worker.preference` says."""
     tokens: int
     """Tokens that contributed to the loss so far."""
     tokens_per_s: Finite
     """Over the last few steps."""
+    grad_norm: Finite | None = None
+    """Before it is cut to the recipe's `max_grad_norm`; None: it was not finite, and the step was left out."""
+    energy_j: Finite | None = None
+    """Joules that the card has used for this training so far; None: it does not tell."""
 
 
 class Finished(Message):
@@ -133,6 +168,14 @@ class Finished(Message):
     """Mean over as many steps at the end."""
     seconds: Annotated[Finite, Field(ge=0)]
     """Wall-clock time of the whole process, imports included."""
+    device: DeviceKind = "cpu"
+    precision: Precision = "float32"
+    """Of the frozen base."""
+    tokens_per_s: Annotated[Finite, Field(ge=0)] | None = None
+    """Over all steps, without what comes before and after."""
+    grad_norm: Annotated[Finite, Field(ge=0)] | None = None
+    """Mean over the same steps as `last_loss`."""
+    energy_j: Annotated[Finite, Field(ge=0)] | None = None
 
 
 class Paused(Message):
@@ -151,10 +194,12 @@ class Failed(Message):
     remedy: str
 
 
-Line = Ready | StepDone | Paused | Finished | Failed
+Line = Answered | Ready | StepDone | Paused | Finished | Failed
 _LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 
+ANSWERS_NAME: Final = "answers.jsonl"
+"""Of the file in a lease's folder that keeps what a teacher answered."""
 PAUSE: Final = "pause"
 """A line on the trainer's standard input: write the checkpoint and end with `TrainerExit.PAUSED`."""
 

@@ -1,7 +1,7 @@
 """One lease from its grant to a delta in the outbox, with pauses and failures of the trainer on the way.
 
     base ─> shards ─> trainer ──────────────> outbox
-     ^        ^          │  ^ checkpoint
+     ^        ^          │  ^ checkpoint, a teacher's answers
      └────────┴─ pause ──┘  └─ failed: again, smaller or later, if `worker.recovery` says so
 
 What always holds:
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -26,20 +27,23 @@ from pydantic import ValidationError
 from rankup.durable import write_file
 from rankup.errors import InputError, IntegrityError, TooLargeError
 from rankup.message import PublicKey
-from rankup.protocol import MAX_LEASE_BYTES, MAX_SHARDS_PER_LEASE, LeaseGrant, SubmitStatement
+from rankup.protocol import MAX_LEASE_BYTES, MAX_SHARDS_PER_LEASE, LeaseGrant, SubmitStatement, VersionRef
 from rankup.settings import WorkerSettings
 from worker import cache, device
+from worker.answers import answers_progress
 from worker.base import PullBase
 from worker.checkpoint import checkpoint_progress
 from worker.client import GatewayClient, StopRequested
-from worker.events import Downloading, Paused, Resumed, Retrying, Starting, Step, WorkerEvent
+from worker.events import Answering, Downloading, Paused, Resumed, Retrying, Starting, Step, WorkerEvent
 from worker.governor import Governor
 from worker.heart import Heart
 from worker.identity import ServerFolder
-from worker.job import Finished, Job, Line, StepDone, TrainerExit
+from worker.job import ANSWERS_NAME, Answered, Finished, Job, Line, Ready, StepDone, TrainerExit
 from worker.limits import hold_s
 from worker.outbox import Outbox
-from worker.recovery import after_failure
+from worker.precision import may_narrow
+from worker.recovery import MEMORY_EXITS, after_failure
+from worker.tracking import run_folder
 from worker.traffic import Traffic
 from worker.training import TrainerError, check_result, run_trainer
 
@@ -75,6 +79,10 @@ class Lease:
     def checkpoint_file(self) -> Path:
         return self.folder / "checkpoint"
 
+    def begun(self) -> Begun:
+        """What is there to go on from."""
+        return begun_in(self.folder)
+
 
 @contextmanager
 def lease_folder(server: ServerFolder, grant: LeaseGrant) -> Iterator[Lease]:
@@ -92,11 +100,33 @@ def lease_folder(server: ServerFolder, grant: LeaseGrant) -> Iterator[Lease]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a lease's folder has to go on from; false: nothing."""
+
+    step: int
+    """Of the checkpoint."""
+    answers: int
+    """Of a teacher, which the training has not begun without."""
+    seconds: float
+    """Spent on it."""
+
+    def __bool__(self) -> bool:
+        return self.step > 0 or self.answers > 0
+
+
+def begun_in(folder: Path) -> Begun:
+    """What is kept in the folder of a lease, without torch."""
+    step, trained_s = checkpoint_progress(folder / "checkpoint")
+    answers, answered_s = answers_progress(folder / ANSWERS_NAME)
+    return Begun(step, answers, max(trained_s, answered_s))
+
+
 def kept_grants(server: ServerFolder) -> list[LeaseGrant]:
-    """The leases of earlier runs whose training can go on; folders without a usable checkpoint are removed."""
+    """The leases of earlier runs whose training can go on; folders with nothing to go on from are removed."""
     found = []
     for folder in sorted(server.jobs.iterdir()):
-        if checkpoint_progress(folder / "checkpoint")[0] > 0:
+        if begun_in(folder):
             try:
                 with (folder / "grant.json").open("rb") as file:
                     grant = LeaseGrant.model_validate_json(file.read(_MAX_GRANT_BYTES))
@@ -138,6 +168,10 @@ class LeaseWork:
         self._pull = pull
         self._micro_batch: int | None = None
         """What fitted into memory last, where a whole batch did not."""
+        self._narrowed: set[str] = set()
+        """Models whose base did not fit into memory in 16 bits, though it should have."""
+        self._loaded: Ready | None = None
+        """How the running trainer holds base and batch."""
 
     def train(self, lease: Lease, heart: Heart, publisher_key: PublicKey) -> None:
         """From the grant to a delta in the outbox.
@@ -161,13 +195,15 @@ class LeaseWork:
         grant, limits = lease.grant, self._governor.limits
         _require_bounded(grant)
         self._check_wanted(heart, transfers=True)
+        folders = self._versions(grant, heart, publisher_key)
         job = Job(
             round_id=grant.round_id,
             lease_id=grant.lease_id,
             fence=grant.fence,
             model=grant.model,
             base_manifest=grant.base_manifest,
-            base_folder=self._base(grant, heart, publisher_key),
+            base_folder=folders[0],
+            teacher_folder=folders[1] if grant.teacher is not None else None,
             shard_files=tuple(lease.folder / f"shard-{grant.shard + n}.jsonl" for n in range(grant.shards)),
             delta_file=lease.folder / "finished.delta",
             recipe=grant.recipe,
@@ -178,6 +214,9 @@ class LeaseWork:
             checkpoint_file=lease.checkpoint_file,
             checkpoint_every_s=self._settings.checkpoint_every_s,
             micro_batch=self._micro_batch,
+            precision="nf4" if grant.model in self._narrowed else self._settings.precision,
+            report_to=self._settings.report_to,
+            report_folder=run_folder(self._settings.home, grant.lease_id),
             nice=limits.nice,
             share_percent=limits.gpu_usage_limit,
         )
@@ -195,42 +234,44 @@ class LeaseWork:
         for link, file in zip(grant.shard_links, files, strict=True):
             # A link that was signed for an earlier run may have ended; the bytes it led to were checked when they came.
             if not file.exists():
-                self._client.download(link, file, max_bytes=MAX_LEASE_BYTES, progress=progress)
+                wanted = partial(self._check_wanted, heart, transfers=True)
+                self._client.download(link, file, max_bytes=MAX_LEASE_BYTES, progress=progress, check=wanted)
             before += link.size_bytes
 
-    def _base(self, grant: LeaseGrant, heart: Heart, publisher_key: PublicKey) -> Path:
-        """The folder of the lease's base version, pulled when it is not in the cache, with room made before."""
+    def _versions(self, grant: LeaseGrant, heart: Heart, publisher_key: PublicKey) -> list[Path]:
+        """The folders of the lease's base version and of its teacher, where it has one, pulled when they are not in the
+        cache, with room made for both."""
         store = self._settings.home / "cache"
         quota = int(self._governor.limits.disk_max_used_gb * 1e9) or self._settings.cache_bytes
-        folder = cache.version_folder(store, grant.base_manifest)
-        folder.mkdir(parents=True, exist_ok=True)
-        cache.mark_used(folder)
-        cache.make_room(store, quota, keep=folder)
-        seen: int | None = None
+        wanted = [VersionRef(model=grant.model, version=grant.base_version, manifest=grant.base_manifest)]
+        wanted += [grant.teacher] if grant.teacher is not None else []
+        folders = [cache.version_folder(store, version.manifest) for version in wanted]
+        for what, version, folder in zip(("base", "teacher"), wanted, folders, strict=False):
+            folder.mkdir(parents=True, exist_ok=True)
+            cache.mark_used(folder)
+            cache.make_room(store, quota, keep=folders)
+            self._pull_version(what, version, folder, heart, publisher_key)
+            cache.mark_used(folder)
+            cache.make_room(store, quota, keep=folders)
+        return folders
 
-        def progress(done: int, total: int) -> None:
-            nonlocal seen
-            # What is there already comes with the first call; several threads may overtake each other.
-            before, seen = seen, done if seen is None else max(seen, done)
-            self._traffic.received(seen - before if before is not None else 0)
-            self._downloading("base", done, total, heart)
-
+    def _pull_version(
+        self, what: str, version: VersionRef, folder: Path, heart: Heart, publisher_key: PublicKey
+    ) -> None:
         digest = self._client.patiently(
             lambda: self._pull(
                 self._server,
-                grant.model,
-                grant.base_version,
+                version.model,
+                version.version,
                 folder,
                 publisher_key=publisher_key,
-                progress=progress,
+                progress=lambda done, total: self._downloading(what, done, total, heart),
                 working=lambda: self._check_wanted(heart),
+                limit=_WatchedRate(self._traffic, lambda: self._check_wanted(heart, transfers=True)),
             )
         )
-        if digest != grant.base_manifest:
-            raise IntegrityError(f"version {grant.base_version} is {digest[:16]}…, not {grant.base_manifest[:16]}…")
-        cache.mark_used(folder)
-        cache.make_room(store, quota, keep=folder)
-        return folder
+        if digest != version.manifest:
+            raise IntegrityError(f"version {version.version} is {digest[:16]}…, not {version.manifest[:16]}…")
 
     def _downloading(self, what: str, done: int, total: int, heart: Heart) -> None:
         self._check_wanted(heart, transfers=True)
@@ -252,9 +293,10 @@ class LeaseWork:
     def _train(self, lease: Lease, job: Job, heart: Heart) -> Finished:
         """Run the trainer, again and again if need be, until it has finished."""
         tries = device_failures = 0
-        checkpoint = _mark(lease.checkpoint_file)
+        begun = lease.begun()
         while True:
             tries += 1
+            self._loaded = None
             self._report(Starting(lease.grant.lease_id))
             try:
                 result = run_trainer(
@@ -268,22 +310,29 @@ class LeaseWork:
                     share_percent=lambda: self._governor.limits.gpu_usage_limit,
                 )
             except TrainerError as exc:
-                before, checkpoint = checkpoint, _mark(lease.checkpoint_file)
+                before, begun = begun, lease.begun()
                 device_failures += exc.trainer_exit == TrainerExit.DEVICE_FAILED
+                loaded, asked = self._loaded, job.micro_batch or job.recipe.batch_size
                 again = after_failure(
                     exc.trainer_exit,
                     tries=tries,
-                    micro_batch=job.micro_batch or job.recipe.batch_size,
-                    new_checkpoint=checkpoint != before,
+                    micro_batch=(loaded.micro_batch if loaded is not None else None) or asked,
+                    checkpointing=loaded is None or loaded.checkpointing,
+                    four_bit=loaded is not None and may_narrow(job.recipe, job.precision, loaded.precision),
+                    new_checkpoint=begun != before,
                     device_failures=device_failures,
                 )
                 if again is None:
                     raise
-                if again.micro_batch < job.recipe.batch_size:
+                if again.four_bit:
+                    self._narrowed.add(job.model)
+                    self._micro_batch = None
+                    job = job.model_copy(update={"precision": "nf4", "micro_batch": None})
+                elif exc.trainer_exit in MEMORY_EXITS:
                     self._micro_batch = again.micro_batch
                     job = job.model_copy(update={"micro_batch": again.micro_batch})
-                step, _ = checkpoint_progress(lease.checkpoint_file)
-                self._report(Retrying(lease.grant.lease_id, exc.cause.partition("\n")[0], step, again.micro_batch))
+                why = exc.cause.partition("\n")[0]
+                self._report(Retrying(lease.grant.lease_id, why, begun.step, again.micro_batch))
                 self._wait(again.pause_s, heart)
                 continue
             if result is not None:
@@ -297,9 +346,13 @@ class LeaseWork:
         return heart.abandon or self._governor.hold()
 
     def _on_line(self, line: Line, heart: Heart) -> None:
+        if isinstance(line, Ready):
+            self._loaded = line
         if isinstance(line, StepDone):
-            heart.note(line.step, line.loss, line.tokens_per_s)
-            self._report(Step(line.step, line.steps, line.loss, line.tokens_per_s))
+            heart.note(line.step, line.loss, line.tokens_per_s, grad_norm=line.grad_norm, energy_j=line.energy_j)
+            self._report(Step(line.step, line.steps, line.loss, line.tokens_per_s, line.grad_norm, line.energy_j))
+        elif isinstance(line, Answered):
+            self._report(Answering(line.done, line.total))
 
     def _wait(self, seconds: float, heart: Heart) -> None:
         until = time.monotonic() + seconds
@@ -312,10 +365,10 @@ class LeaseWork:
     def _sit_out(self, lease: Lease, heart: Heart, reason: str) -> None:
         """Return when work may go on."""
         self._report(Paused(reason, lease.grant.lease_id))
-        step, trained_s = checkpoint_progress(lease.checkpoint_file)
-        limit_s = hold_s(trained_s)
+        begun = lease.begun()
+        limit_s = hold_s(begun.seconds)
         began = time.monotonic()
-        while self._held(transfers=step == 0) is not None:
+        while self._held(transfers=not begun) is not None:
             if self._stop.is_set():
                 raise StopRequested
             if heart.abandon is not None:
@@ -324,6 +377,19 @@ class LeaseWork:
                 raise PausedTooLongError(f"paused for more than {limit_s / 60:.0f} minutes")
             self._stop.wait(_LOOK_S)
         self._report(Resumed(lease.grant.lease_id))
+
+
+class _WatchedRate:
+    """How fast versions may be fetched, asked often enough to end a fetch that is not wanted any more at once."""
+
+    def __init__(self, traffic: Traffic, check: Callable[[], None]) -> None:
+        self._traffic = traffic
+        self._check = check
+
+    def take(self, count: int) -> float:
+        wait_s = self._traffic.received(count)
+        self._check()
+        return wait_s
 
 
 def _require_bounded(grant: LeaseGrant) -> None:
@@ -336,13 +402,6 @@ def _require_bounded(grant: LeaseGrant) -> None:
     size = sum(link.size_bytes for link in grant.shard_links)
     if size > MAX_LEASE_BYTES:
         raise TooLargeError(f"the shards of the lease have {size} bytes, the limit is {MAX_LEASE_BYTES}")
-
-
-def _mark(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 def _statement(job: Job, result: Finished) -> SubmitStatement:
@@ -358,4 +417,9 @@ def _statement(job: Job, result: Finished) -> SubmitStatement:
         first_loss=result.first_loss,
         last_loss=result.last_loss,
         seconds=result.seconds,
+        device=result.device,
+        precision=result.precision,
+        tokens_per_s=result.tokens_per_s,
+        grad_norm=result.grad_norm,
+        energy_j=result.energy_j,
     )

@@ -25,7 +25,7 @@ class Leaving:
     why: str
 
 
-_HELLO, _CLAIM, _WORK = "joining", "asking for work", "during a lease"
+_LOOK, _HELLO, _CLAIM, _WORK = "checking before joining", "joining", "asking for work", "during a lease"
 _HANDOVER, _ALWAYS = "handing in", "every request"
 
 LEAVING: tuple[Leaving, ...] = (
@@ -33,6 +33,8 @@ LEAVING: tuple[Leaving, ...] = (
     Leaving(_ALWAYS, "User-Agent", f"rankup-worker/{__version__}; for base versions that of rankup", "old versions"),
     Leaving(_ALWAYS, "Authorization", "the token of this server; never sent along with bytes", "whose lease it is"),
     Leaving(_ALWAYS, "Host, Accept, Accept-Encoding, Connection, Content-Type, Content-Length, Range", "HTTP", "HTTP"),
+    Leaving(_LOOK, "random bytes", "at most 1.1 MB of no meaning, once a day at most, not kept", "how fast uploads go"),
+    Leaving(_LOOK, "model and round names", "which versions the open rounds train on", "what the work would take"),
     Leaving(_HELLO, "public_key", "a key made for this server only", "who signed a delta"),
     Leaving(_HELLO, "name", "--name, or volunteer- and six characters of the key", "the leaderboard; public"),
     Leaving(_HELLO, "team", "--team, if you name one", "the leaderboard; public"),
@@ -52,14 +54,25 @@ LEAVING: tuple[Leaving, ...] = (
     Leaving(_WORK, "step", "optimiser steps done, every few seconds, also while paused", "progress of the round"),
     Leaving(_WORK, "loss", "of the last step", "progress of the round"),
     Leaving(_WORK, "tokens_per_s", "of the last steps", "progress of the round"),
+    Leaving(_WORK, "grad_norm", "length of the gradient of the last step", "progress of the round"),
+    Leaving(_WORK, "energy_j", "joules that the card has used for the lease, if it tells", "what the round costs"),
     Leaving(_WORK, "reason", "why a lease goes back: one line, without paths of this machine", "the round's log"),
     Leaving(_WORK, "version and shard names", "which files are downloaded", "they must be asked for"),
     Leaving(_HANDOVER, "delta file", "numbers, trained on the shards that the server sent", "the contribution"),
     Leaving(_HANDOVER, "round_id, base_manifest", "what the delta belongs to; kept in the receipt", "the sum"),
     Leaving(_HANDOVER, "sha256, size_bytes", "of the delta; kept in the receipt", "the sum"),
+    Leaving(_HANDOVER, "parts", "sha256 of each part of a large delta", "an upload that goes on where it stopped"),
     Leaving(_HANDOVER, "tokens, steps", "what was trained; kept in the receipt", "the weight in the sum"),
     Leaving(_HANDOVER, "first_loss, last_loss", "mean losses; kept in the receipt", "judging contributions"),
     Leaving(_HANDOVER, "seconds", "how long the training took; kept in the receipt", "the organiser's overview"),
+    Leaving(_HANDOVER, "device", "cuda, mps, xpu or cpu; kept in the receipt", "judging contributions"),
+    Leaving(_HANDOVER, "precision", "of the base in training, as nf4; kept in the receipt", "judging contributions"),
+    Leaving(
+        _HANDOVER,
+        "tokens_per_s, grad_norm, energy_j",
+        "speed, mean length of the gradient, joules; kept in the receipt",
+        "what a version cost",
+    ),
 )
 
 STAYING: tuple[str, ...] = (

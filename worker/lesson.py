@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from worker import tracking
 from worker.checkpoint import Checkpoint
 from worker.job import Job
+from worker.precision import Fit
 from worker.progress import Progress
 from worker.surgery import Adapted
 
@@ -33,25 +35,20 @@ class Lesson:
     """A folder for temporary files."""
     checkpoint: Checkpoint | None
     """What to go on from."""
-
-
-def micro_batch_of(batch_size: int, wanted: int | None) -> int:
-    """The largest divisor of the batch that is at most `wanted` (None: the batch), so batches stay what they are."""
-    limit = min(batch_size, wanted or batch_size)
-    return next(size for size in range(limit, 0, -1) if batch_size % size == 0)
+    fit: Fit
+    """Precision, and how many examples are in memory at a time."""
+    teacher: Any = None
+    """A frozen model on the device whose probabilities are learned from, beside what it answered."""
 
 
 def shared_arguments(lesson: Lesson) -> dict[str, Any]:
     """Arguments of the TRL configs that are the same for every method."""
-    import torch
-
-    job, recipe = lesson.job, lesson.job.recipe
-    micro_batch = micro_batch_of(recipe.batch_size, job.micro_batch)
+    job, recipe, fit = lesson.job, lesson.job.recipe, lesson.fit
     return {
         "output_dir": str(lesson.scratch / "out"),
         "max_steps": job.steps,
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": recipe.batch_size // micro_batch,
+        "per_device_train_batch_size": fit.micro_batch,
+        "gradient_accumulation_steps": recipe.batch_size // fit.micro_batch,
         "learning_rate": recipe.learning_rate,
         "warmup_steps": min(recipe.warmup_steps, job.steps),
         "lr_scheduler_type": recipe.lr_schedule,
@@ -61,12 +58,13 @@ def shared_arguments(lesson: Lesson) -> dict[str, Any]:
         "optim": "adamw_torch",
         "seed": job.seed % 2**32,
         "data_seed": job.seed % 2**32,
-        "bf16": lesson.adapted.base.dtype == torch.bfloat16,
-        "gradient_checkpointing": lesson.device == "cuda",
+        "bf16": fit.compute == "bfloat16",
+        "fp16": fit.compute == "float16",
+        "gradient_checkpointing": fit.checkpointing,
         "use_cpu": lesson.device == "cpu",
         "dataloader_pin_memory": lesson.device == "cuda",
         "dataset_num_proc": None,
-        "report_to": "none",
+        **tracking.arguments(job.report_to, job.report_folder),
         "save_strategy": "no",
         "eval_strategy": "no",
         "logging_steps": 1,

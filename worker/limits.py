@@ -87,6 +87,11 @@ class Limits(Message):
         wanted = self.gpu_temp_resume_c or self.gpu_temp_limit_c - 10.0
         return min(wanted, self.gpu_temp_limit_c)
 
+    def for_dedicated(self) -> Limits:
+        """Of a machine that does nothing else: batteries and people at the keyboard do not count."""
+        everything = {"run_on_batteries": True, "run_if_user_active": True, "run_gpu_if_user_active": True}
+        return self.model_copy(update=everything)
+
     def hours_of(self, weekday: int) -> Hours | None:
         """Hours of the day (0 is Monday) in which to train; None: not on that day."""
         chosen = self.week.get(DAYS[weekday], (self.start_hour, self.end_hour))  # type: ignore[call-overload]
@@ -162,7 +167,8 @@ class Stance:
 def first_reason(limits: Limits, readings: Readings, pause: UserPause | None, *, was_hot: bool) -> Reason | None:
     """What speaks against training now; the owner's own word comes first."""
     if pause is not None and (pause.until is None or readings.now < pause.until):
-        until = f" until {pause.until:%H:%M}" if pause.until else ""
+        day = "" if pause.until is None or pause.until.date() == readings.now.date() else f"{pause.until:%a %d %b} "
+        until = f" until {day}{pause.until:%H:%M}" if pause.until else ""
         return Reason(Cause.USER, f"you paused it{until}; `rankup worker resume` goes on")
     wanted = {_program(name) for name in limits.exclusive_app}
     if running := sorted(name for name in readings.programs if _program(name) in wanted):

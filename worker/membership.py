@@ -25,8 +25,11 @@ from worker import device, identity
 from worker.client import GatewayClient
 from worker.events import Enrolled, WorkerEvent
 from worker.publisher import key_follows
+from worker.retry import RetryPolicy
 
 T = TypeVar("T")
+_FIRST_CONTACT_S = 60.0
+"""How long a server is waited for that this machine has never seen."""
 
 
 class Membership:
@@ -71,7 +74,9 @@ class Membership:
 
         Raises `DeniedError` (wrong invite, banned), `IntegrityError` (publisher's key), and what the client raises.
         """
-        info = self._patient.info()
+        # Whose address was never right is not waited for as long as a server that is known.
+        first = RetryPolicy(min(_FIRST_CONTACT_S, self._settings.patience_s))
+        info = self._patient.info(policy=first if self._pinned is None else None)
         self._require_publisher(info.publisher_key, info.models)
         known = self._pinned
         renamed = known is not None and (self._name or known.name, self._chosen_team()) != (known.name, known.team)

@@ -11,10 +11,15 @@ from typing import Any, Final
 
 from rankup.errors import SetupError
 from rankup.recipe import Method
-from worker import sft
+from worker import distillation, preference, sft, vision
 from worker.lesson import Lesson
 
-TRAINERS: Final[Mapping[Method, Callable[[Lesson], Any]]] = {"sft": sft.make_trainer}
+TRAINERS: Final[Mapping[Method, Callable[[Lesson], Any]]] = {
+    "sft": sft.make_trainer,
+    "dpo": preference.make_dpo_trainer,
+    "kto": preference.make_kto_trainer,
+    "distillation": distillation.make_trainer,
+}
 
 
 def make_trainer(lesson: Lesson) -> Any:
@@ -27,6 +32,7 @@ def make_trainer(lesson: Lesson) -> Any:
     method = lesson.job.recipe.method
     if method not in TRAINERS:
         raise SetupError(f"this worker cannot train the method {method}", remedy="Update it: pip install -U rankup.")
-    trainer = TRAINERS[method](lesson)
+    # Which shapes a method takes was settled when the rows were read: of those with images only sft's are left.
+    trainer = vision.make_trainer(lesson) if "images" in lesson.rows[0] else TRAINERS[method](lesson)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

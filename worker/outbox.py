@@ -4,7 +4,9 @@
              └────────────┴────-> DROPPED (the server will not take it any more; the reason says why)
 
 What always holds:
-- when `put` returns, file and row are on the disk (fsync, WAL with synchronous=FULL): power may fail now;
+- when `put` returns, file and row are on the disk (fsync, WAL with synchronous=FULL): power may fail now; a little room
+  is kept for the row, so a disk that is full by then does not cost the work; where it is not enough, the file is where
+  it was before;
 - a row never names a file that is not whole; a file without a row is the rest of an interrupted `put` and is removed;
 - a state only moves along the arrows; repeating a move changes nothing;
 - the file goes when the verdict is in, the row stays as the history.
@@ -14,6 +16,7 @@ One process at a time (the server folder's lock); its threads may share one `Out
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import threading
@@ -23,7 +26,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from rankup.durable import sync_folder
+from rankup.durable import sync_folder, write_file
 from rankup.errors import StateError
 from rankup.protocol import SubmitStatement
 from worker.disk import full_disk_means_disk_full
@@ -38,6 +41,10 @@ CREATE TABLE IF NOT EXISTS deltas (
     created_at REAL NOT NULL,
     changed_at REAL NOT NULL
 )"""
+
+
+_RESERVE_NAME = "reserve"
+_RESERVE_BYTES = 64 * 1024
 
 
 class OutboxState(StrEnum):
@@ -96,6 +103,7 @@ class Outbox:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute(_SCHEMA)
         self._remove_strays()
+        self._keep_reserve()
 
     def __enter__(self) -> Outbox:
         return self
@@ -125,10 +133,11 @@ class Outbox:
                 os.fsync(file.fileno())
             delta_file.replace(target)
             sync_folder(self._folder)
-            self._db.execute(
-                "INSERT OR REPLACE INTO deltas VALUES (?, ?, ?, ?, '', ?, ?)",
-                (statement.lease_id, statement.model_dump_json(), voucher, OutboxState.READY, now, now),
-            )
+            try:
+                self._add((statement.lease_id, statement.model_dump_json(), voucher, OutboxState.READY, now, now))
+            except sqlite3.Error:
+                target.replace(delta_file)
+                raise
         return OutboxItem(statement, target, OutboxState.READY, "", now, voucher)
 
     def move(self, lease_id: str, state: OutboxState, reason: str = "") -> None:
@@ -166,6 +175,25 @@ class Outbox:
             path = self._path(statement.lease_id)
             found.append(OutboxItem(statement, path, OutboxState(state), reason, created_at, voucher))
         return found
+
+    def _add(self, row: tuple[str | float, ...]) -> None:
+        """Write a row, with the room that is kept for it if there is no other."""
+        insert = "INSERT OR REPLACE INTO deltas VALUES (?, ?, ?, ?, '', ?, ?)"
+        reserve = self._folder / _RESERVE_NAME
+        try:
+            self._db.execute(insert, row)
+        except sqlite3.OperationalError:
+            if not reserve.exists():
+                raise
+            reserve.unlink()
+            self._db.execute(insert, row)
+        self._keep_reserve()
+
+    def _keep_reserve(self) -> None:
+        reserve = self._folder / _RESERVE_NAME
+        with contextlib.suppress(OSError):
+            if not reserve.exists():
+                write_file(reserve, os.urandom(_RESERVE_BYTES))
 
     def _path(self, lease_id: str) -> Path:
         return self._folder / f"{lease_id}.delta"

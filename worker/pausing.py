@@ -75,7 +75,7 @@ def pausing(
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
-                progress.step_done(float(logs["loss"]))
+                progress.step_done(float(logs["loss"]), logs.get("grad_norm"))
                 if keeper is not None:
                     keeper.after_update()
 

@@ -20,6 +20,7 @@ from datetime import datetime
 from typing import Protocol
 
 from worker.limits import Limits, Readings
+from worker.nvml import Card
 
 TOOL_TIMEOUT_S = 2.0
 MAX_TOOL_OUTPUT = 64 * 1024
@@ -57,15 +58,14 @@ class Machine:
     """Reads this machine. `gpu_number` is the card that trains."""
 
     def __init__(self, gpu_number: int = 0, *, tool: Tool = run_tool, clock: Callable[[], float] = time.time) -> None:
-        self._gpu_number = gpu_number
         self._tool = tool
         self._clock = clock
-        self._nvml: object | None = None
+        self._card = Card(gpu_number)
 
     def __call__(self, limits: Limits, *, gpu: bool, transferred_bytes: int) -> Readings:
         """What `limits` ask for, read now."""
         unread: list[str] = []
-        on_battery = None if limits.run_on_batteries else _on_battery()
+        battery = None if limits.run_on_batteries else on_battery()
         idle = None
         if not (limits.run_gpu_if_user_active if gpu else limits.run_if_user_active):
             idle = self._idle_s()
@@ -78,12 +78,12 @@ class Machine:
                 unread.append("programs cannot be listed without psutil: exclusive_app has no effect")
         temperature = None
         if limits.gpu_temp_limit_c and gpu:
-            temperature = self._temperature_c()
+            temperature = self._card.temperature_c()
             if temperature is None:
                 unread.append("the card's temperature cannot be read (nvidia-ml-py): gpu_temp_limit_c has no effect")
         return Readings(
             now=datetime.fromtimestamp(self._clock()).astimezone(),
-            on_battery=on_battery,
+            on_battery=battery,
             idle_s=idle,
             programs=programs or frozenset(),
             gpu_temp_c=temperature,
@@ -112,20 +112,6 @@ class Machine:
             ("loginctl", "show-seat", "seat0", "-p", "ActiveSession", "-p", "IdleHint", "-p", "IdleSinceHint")
         )
         return parse_seat(seat or "", self._clock())
-
-    def _temperature_c(self) -> float | None:
-        try:
-            import pynvml
-        except ImportError:
-            return None
-        try:
-            if self._nvml is None:
-                pynvml.nvmlInit()
-                self._nvml = pynvml.nvmlDeviceGetHandleByIndex(self._gpu_number)
-            return float(pynvml.nvmlDeviceGetTemperature(self._nvml, pynvml.NVML_TEMPERATURE_GPU))
-        except pynvml.NVMLError:
-            self._nvml = None
-            return None
 
 
 def parse_milliseconds(text: str) -> float | None:
@@ -156,7 +142,8 @@ def parse_ioreg(text: str) -> float | None:
     return int(found[1]) / 1e9 if found else None
 
 
-def _on_battery() -> bool | None:
+def on_battery() -> bool | None:
+    """Whether the machine runs on its battery; None where it has none, or does not tell."""
     try:
         import psutil
     except ImportError:

@@ -1,4 +1,4 @@
-"""Shards as the trainer reads them: JSON lines, every row of one shape that TRL takes for supervised fine-tuning.
+"""Shards as the trainer reads them: JSON lines, every row of one shape that the recipe's method trains on.
 
 What always holds: rows that come out have one shape, over all shards, and only columns that TRL knows; several shards
 give the rows that one file with all of their lines gives; what is wrong is told by its line.
@@ -13,22 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from rankup.errors import InputError
+from rankup.images import require_pictured
+from rankup.recipe import Method
+from rankup.shapes import SHAPES, TRAINED_ON, shape_of
 
-ROW_SHAPES: tuple[frozenset[str], ...] = (
-    frozenset({"prompt", "completion"}),
-    frozenset({"messages"}),
-    frozenset({"conversations"}),
-    frozenset({"text"}),
-)
-"""What TRL takes for supervised fine-tuning; each of them conversational or plain where TRL allows it."""
 _CARRIED = frozenset({"tools", "chat_template_kwargs"})
 
 
-def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
+def read_rows(paths: Sequence[Path], method: Method = "sft") -> list[dict[str, Any]]:
     """The examples of all shards, in their order, reduced to the columns that TRL knows.
 
-    Raises `InputError`: a line is no JSON object, an example has none of `ROW_SHAPES`, two have different ones, or
-    there is none.
+    Raises `InputError`: a line is no JSON object, an example has no shape or one that the method does not train on, two
+    have different ones, or there is none.
     """
     rows: list[dict[str, Any]] = []
     columns: frozenset[str] | None = None
@@ -39,16 +35,19 @@ def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
             raise InputError(f"{where} is not JSON: {exc}") from exc
         if not isinstance(row, dict):
             raise InputError(f"{where} is not a JSON object")
-        shape = next((shape for shape in ROW_SHAPES if shape <= row.keys()), None)
-        if shape is None:
+        shape = shape_of(row)
+        if shape is None or shape not in TRAINED_ON[method]:
             raise InputError(
-                f"{where} has {sorted(row)[:8]}, which supervised fine-tuning cannot use",
-                remedy="The organiser must give text, messages, or prompt and completion.",
+                f"{where} has {sorted(row)[:8]}, which the method {method} cannot use",
+                remedy=f"The organiser must give rows of the shape {' or '.join(TRAINED_ON[method])}.",
             )
-        if columns is not None and columns != shape:
-            raise InputError(f"{where} has {sorted(shape)}, the lines before {sorted(columns)}")
-        columns = shape
-        rows.append({name: row[name] for name in sorted((shape | _CARRIED) & row.keys())})
+        fields = frozenset(SHAPES[shape])
+        if columns is not None and columns != fields:
+            raise InputError(f"{where} has {sorted(fields)}, the lines before {sorted(columns)}")
+        columns = fields
+        if "images" in fields:
+            require_pictured(row)
+        rows.append({name: row[name] for name in sorted((fields | _CARRIED) & row.keys())})
     if not rows:
         raise InputError("the shard is empty" if len(paths) == 1 else f"all {len(paths)} shards are empty")
     return rows

@@ -1,4 +1,4 @@
-"""What the agent is doing, for whoever asks over the control socket: put together from its events.
+"""What the agent is doing, for whoever asks over the control socket or looks at the page: put together from its events.
 
 What always holds: `seen` is cheap and never raises, so events may pass through it from any thread; an answer is a
 consistent picture of one moment; it carries no secret. Nothing is decided here.
@@ -11,18 +11,21 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
 from rankup.message import Answer
 from worker.events import (
     Abandoned,
+    Answering,
     Claimed,
     Downloading,
     Dropped,
     Enrolled,
     Kept,
     NoWork,
+    PageOpened,
     Paused,
     Starting,
     Step,
@@ -32,6 +35,7 @@ from worker.events import (
     WorkerEvent,
 )
 from worker.governor import Governor
+from worker.history import LossCurve
 from worker.limits import Limits
 from worker.outbox import Outbox, OutboxState
 from worker.traffic import Traffic
@@ -44,6 +48,7 @@ class Doing(StrEnum):
     IDLE = "waiting for work"
     DOWNLOADING = "downloading"
     LOADING = "loading the model"
+    ANSWERING = "letting the teacher answer"
     TRAINING = "training"
     UPLOADING = "handing in"
     WAITING = "waiting for the server"
@@ -65,6 +70,9 @@ class LeaseStatus(Answer):
     loss: float | None = None
     """Nats per token, of the last step."""
     tokens_per_s: float | None = None
+    grad_norm: float | None = None
+    energy_j: float | None = None
+    """Joules so far; None: the card does not tell."""
     eta_s: float | None = None
     """Seconds until the last step, at the pace of the steps so far; None before the second one."""
 
@@ -89,8 +97,14 @@ class Status(Answer):
     doing: Doing
     reason: str = ""
     """Why it is paused or waiting, in plain words."""
+    paused_by_you: bool = False
+    """The owner said so; other reasons may speak against work as well."""
+    pause_ends_at: datetime | None = None
+    """When the owner's pause is over by itself; None: when they say so."""
     finishing: bool = False
     """It ends after the present lease."""
+    leaving: bool = False
+    """It ends now, and the lease goes back."""
     lease: LeaseStatus | None = None
     outbox_ready: int = 0
     """Finished deltas still to be uploaded."""
@@ -104,12 +118,15 @@ class Status(Answer):
     unread: tuple[str, ...] = ()
     """What the limits ask for and cannot be read on this machine."""
     uptime_s: float
+    page: str = ""
+    """Address of the page, which `rankup worker page` opens; empty where there is none."""
 
 
 @dataclass(frozen=True)
 class _Picture:
     worker_id: str = ""
     name: str = ""
+    page: str = ""
     doing: Doing = Doing.STARTING
     reason: str = ""
     claimed: Claimed | None = None
@@ -131,11 +148,21 @@ class Board:
         self._began = clock()
         self._lock = threading.Lock()
         self._now = _Picture()
+        self._curve = LossCurve()
 
     def __call__(self, event: WorkerEvent) -> None:
         with self._lock:
             self._now = self._after(self._now, event)
+            if isinstance(event, Claimed):
+                self._curve = LossCurve()
+            elif isinstance(event, Step):
+                self._curve.add(event.step, event.loss)
         self._report(event)
+
+    def curve(self) -> tuple[tuple[int, float], ...]:
+        """(step, loss) of the present training, or of the last one."""
+        with self._lock:
+            return self._curve.points()
 
     def status(self, governor: Governor, outbox: Outbox, traffic: Traffic) -> Status:
         """The picture now."""
@@ -146,7 +173,7 @@ class Board:
         count = {state: sum(item.state is state for item in items) for state in OutboxState}
         hold = governor.hold() or (governor.transfer_hold() if now.claimed is None else None)
         day = traffic.day()
-        readings = governor.verdict.readings
+        readings, pause = governor.verdict.readings, governor.user_pause
         return Status(
             pid=os.getpid(),
             server=self._server,
@@ -154,7 +181,10 @@ class Board:
             name=now.name,
             doing=Doing.PAUSED if hold else now.doing,
             reason=hold or now.reason,
+            paused_by_you=pause is not None,
+            pause_ends_at=pause.until if pause is not None else None,
             finishing=governor.finishing,
+            leaving=governor.leaving,
             lease=self._lease(now),
             outbox_ready=count[OutboxState.READY],
             outbox_submitted=count[OutboxState.SUBMITTED],
@@ -169,18 +199,23 @@ class Board:
             limits=governor.limits,
             unread=readings.unread if readings is not None else (),
             uptime_s=round(self._clock() - self._began, 1),
+            page=now.page,
         )
 
     def _after(self, now: _Picture, event: WorkerEvent) -> _Picture:
         match event:
             case Enrolled():
                 return replace(now, worker_id=event.worker_id, name=event.name)
+            case PageOpened():
+                return replace(now, page=event.address)
             case Claimed():
                 return replace(now, doing=Doing.DOWNLOADING, reason="", claimed=event, step=None, first=None)
             case Downloading():
                 return replace(now, doing=Doing.DOWNLOADING, reason="")
             case Starting():
                 return replace(now, doing=Doing.LOADING, reason="", first=None)
+            case Answering():
+                return replace(now, doing=Doing.ANSWERING, reason=f"{event.done} of {event.total} prompts")
             case Step():
                 at = self._clock()
                 return replace(
@@ -203,9 +238,10 @@ class Board:
     def _lease(self, now: _Picture) -> LeaseStatus | None:
         if now.claimed is None:
             return None
-        more: dict[str, Any] = {"step": 0}
+        more: dict[str, Any] = {"step": now.claimed.step}
         if now.step is not None:
             more = {"step": now.step.step, "loss": now.step.loss, "tokens_per_s": now.step.tokens_per_s}
+            more |= {"grad_norm": now.step.grad_norm, "energy_j": now.step.energy_j}
             if now.first is not None and now.step.step > now.first[0]:
                 pace_s = (now.last_s - now.first[1]) / (now.step.step - now.first[0])
                 more["eta_s"] = round(pace_s * (now.claimed.steps - now.step.step), 1)

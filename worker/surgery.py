@@ -95,7 +95,7 @@ def adapt(torch: Any, transformers: Any, peft: Any, base: Any, job: Job) -> Adap
     pairs = _pairs(base)
     trained: dict[str, Callable[[], Iterator[Pair]]] = {}
     for name, layer in pairs.items():
-        trained[name] = _start(torch, layer, job, name)
+        trained[name] = _start(torch, transformers, layer, job, name)
     for name in by_role["embedding"]:
         _follow_tied_head(torch, base, located[name][0], pairs[name])
     for name in by_role["head"]:
@@ -127,9 +127,23 @@ def _locate(torch: Any, transformers: Any, base: Any, name: str, target: Target)
     }[target.role]
     if not fits:
         raise InputError(f"{name} is no weight of the role {target.role!r} in the base, which the round says it has")
-    if tuple(parameter.shape) != target.shape:
+    if _stored_shape(transformers, module, parameter) != target.shape:
         raise InputError(f"{name} is {tuple(parameter.shape)}, the round says {target.shape}")
     return module, attribute
+
+
+def _stored_shape(transformers: Any, module: Any, parameter: Any) -> tuple[int, ...]:
+    """Shape of the weight in the base's file; what bitsandbytes packs lies there as (n, 1), a Conv1D's turned round."""
+    packed = getattr(parameter, "quant_state", None)
+    if packed is None:
+        return tuple(parameter.shape)
+    shape = tuple(packed.shape)
+    return shape[::-1] if _was_conv1d(transformers, module) else shape
+
+
+def _was_conv1d(transformers: Any, module: Any) -> bool:
+    """Whether a layer in 4 bits stands for one that stores (in, out)."""
+    return getattr(module, "source_cls", None) is transformers.pytorch_utils.Conv1D
 
 
 def _pairs(base: Any) -> dict[str, Any]:
@@ -205,7 +219,7 @@ def _names_as_they_are(config: Any) -> Iterator[None]:
         config.model_type = model_type
 
 
-def _start(torch: Any, layer: Any, job: Job, name: str) -> Callable[[], Iterator[Pair]]:
+def _start(torch: Any, transformers: Any, layer: Any, job: Job, name: str) -> Callable[[], Iterator[Pair]]:
     """Set a fresh pair to its first values; gives the function that reads it."""
     target = job.targets[name]
     scaling = scaling_of(job.recipe, target.rank)
@@ -219,7 +233,7 @@ def _start(torch: Any, layer: Any, job: Job, name: str) -> Callable[[], Iterator
     _fill(torch, b, None)
     if target.role == "experts":
         return lambda: _expert_pairs(layer, target.slices, scaling)
-    if layer.fan_in_fan_out:
+    if layer.fan_in_fan_out or _was_conv1d(transformers, layer.get_base_layer()):
         return lambda: iter([_pair(a.T, b.T, scaling)])
     return lambda: iter([_pair(b, a, scaling)])
 
@@ -257,8 +271,8 @@ def _pair(b: Any, a: Any, scaling: float) -> Pair:
 # -- what peft does not do ---------------------------------------------------------------------------------------------
 
 
-def _add_product(torch: Any, module: Any, product: Callable[[], Any], parameters: Mapping[str, Any]) -> None:
-    """Let `module.weight` be its frozen weight plus `product()`, and own these parameters.
+def _add_product(torch: Any, module: Any, product: Callable[[Any], Any], parameters: Mapping[str, Any]) -> None:
+    """Let `module.weight` be its frozen weight plus `product(owner)`, where `owner` has these parameters.
 
     For output heads: the trainer multiplies with `head.weight` itself, in tiles, so a layer around it would be ignored.
     """
@@ -270,7 +284,7 @@ def _add_product(torch: Any, module: Any, product: Callable[[], Any], parameters
                 self.register_parameter(name, parameter)
 
         def forward(self, weight: Any) -> Any:
-            return weight + product().to(weight.dtype)
+            return weight + product(self).to(weight.dtype)
 
     torch.nn.utils.parametrize.register_parametrization(module, "weight", Plus())
 
@@ -282,7 +296,7 @@ def _adapt_head(torch: Any, head: Any, job: Job, name: str) -> Callable[[], Iter
     device = head.weight.device
     a = torch.nn.Parameter(torch.from_numpy(start).to(device))
     b = torch.nn.Parameter(torch.zeros((target.d_out, target.rank), device=device))
-    _add_product(torch, head, lambda: scaling * (b @ a), {"lora_A": a, "lora_B": b})
+    _add_product(torch, head, lambda owner: scaling * (owner.lora_B @ owner.lora_A), {"lora_A": a, "lora_B": b})
     return lambda: iter([_pair(b, a, scaling)])
 
 
@@ -291,9 +305,12 @@ def _follow_tied_head(torch: Any, base: Any, embedding: Any, layer: Any) -> None
     head = base.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
-    # (r, V) and (d, r)
-    a, b, scaling = layer.lora_embedding_A[_ADAPTER], layer.lora_embedding_B[_ADAPTER], layer.scaling[_ADAPTER]
-    _add_product(torch, head, lambda: scaling * (b @ a).T, {})
+
+    def product(_: Any) -> Any:
+        a, b = layer.lora_embedding_A[_ADAPTER], layer.lora_embedding_B[_ADAPTER]  # (r, V) and (d, r)
+        return layer.scaling[_ADAPTER] * (b @ a).T
+
+    _add_product(torch, head, product, {})
 
 
 def _free_vector(torch: Any, parameter: Any) -> Callable[[], Iterator[Pair]]:

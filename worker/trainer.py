@@ -27,17 +27,32 @@ from pydantic import ValidationError
 
 from rankup.delta import DeltaHeader, write_delta
 from rankup.errors import DeltaError, InputError
+from worker.answers import answers_progress
 from worker.checkpoint import Keeper
+from worker.device import profile
+from worker.distillation import taught
 from worker.exits import exit_code, failed
 from worker.job import Finished, Job, Line, Ready, TrainerExit, format_line
 from worker.lesson import Lesson
-from worker.loading import choose_device, device_name, import_libraries, load_base, load_tokenizer
+from worker.loading import (
+    choose_device,
+    device_name,
+    energy_meter,
+    hardware_of,
+    hide_quantisation,
+    import_libraries,
+    load_base,
+    load_tokenizer,
+    shape_of_base,
+)
 from worker.methods import make_trainer
 from worker.orders import Orders, obey
 from worker.pausing import checkpoint_of, pausing, resume_folder
+from worker.precision import Task, choose
 from worker.progress import NotFiniteError, Progress
 from worker.shard import read_rows
 from worker.surgery import adapt
+from worker.tracking import environment
 
 
 def train(
@@ -49,25 +64,45 @@ def train(
     (shard or base do not fit), `NotFiniteError`, `SetupError` (a device or a library is missing), `DiskFullError`, and
     torch's own out-of-memory error.
     """
-    rows = read_rows(job.shard_files)
+    rows = read_rows(job.shard_files, job.recipe.method)
     torch, transformers, peft = import_libraries()
     imported = time.perf_counter()
     torch.set_num_threads(job.threads)
     device = device_name(torch, job.device)
     tokenizer = load_tokenizer(transformers, job.base_folder, rows[0])
-    base = load_base(transformers, torch, job.base_folder, device)
-    adapted = adapt(torch, transformers, peft, base, job)
-    progress = Progress(emit, job.steps, started=started)
+    progress = Progress(emit, job.steps, started=started, meter=energy_meter(torch, device, job.device))
+    progress.read_meter()
     orders = orders or Orders(share_percent=job.share_percent)
     checkpoint = checkpoint_of(torch, job)
     if checkpoint is not None:
         checkpoint.restore_progress(progress)
+    elif job.recipe.method == "distillation":
+        progress.restore((), 0, answers_progress(job.answers_file)[1])
+    teacher = None
+    if job.recipe.method == "distillation":
+        rows, teacher = taught(torch, transformers, job, rows, tokenizer, device, emit, orders)
+    fit = choose(
+        shape_of_base(job.base_folder),
+        Task.of(job.recipe, job.targets),
+        hardware_of(torch, device),
+        wanted=job.precision,
+        begun_in=checkpoint.meta.precision if checkpoint is not None else None,
+        micro_batch=job.micro_batch,
+    )
+    base = load_base(transformers, torch, job.base_folder, device, fit)
+    adapted = adapt(torch, transformers, peft, base, job)
+    # TRL would round what is trained beside a quantised base to bfloat16, as AdamW's updates should not be.
+    base.is_loaded_in_4bit = False
     keeper = None
     if job.checkpoint_file is not None:
         digest = job.training_digest()
-        keeper = Keeper(torch, job.checkpoint_file, digest, progress, every_s=job.checkpoint_every_s)
+        keeper = Keeper(
+            torch, job.checkpoint_file, digest, progress, every_s=job.checkpoint_every_s, precision=fit.precision
+        )
         orders.keeper = keeper
-    trainer = make_trainer(Lesson(job, adapted, tokenizer, rows, device, progress, scratch, checkpoint))
+    if job.report_to and job.report_folder is not None:
+        os.environ.update(environment(job.report_folder, os.environ))
+    trainer = make_trainer(Lesson(job, adapted, tokenizer, rows, device, progress, scratch, checkpoint, fit, teacher))
     trainer.add_callback(pausing(transformers, torch, progress, keeper, checkpoint, orders))
     emit(
         Ready(
@@ -76,6 +111,9 @@ def train(
             import_s=imported - started,
             setup_s=time.perf_counter() - imported,
             step=len(progress.losses),
+            precision=fit.precision,
+            micro_batch=fit.micro_batch,
+            checkpointing=fit.checkpointing,
             pausable=keeper is not None,
         )
     )
@@ -102,6 +140,11 @@ def train(
             first_loss=first_loss,
             last_loss=last_loss,
             seconds=progress.seconds(),
+            device=device,
+            precision=fit.precision,
+            tokens_per_s=progress.tokens_per_s(),
+            grad_norm=progress.last_grad_norm(),
+            energy_j=progress.energy_j(),
         )
     )
 
@@ -128,6 +171,8 @@ def main(arguments: Sequence[str]) -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         choose_device(job.device)
+        if job.precision != "nf4" and profile(job.device).kind == "cpu":
+            hide_quantisation()
         if job.nice:
             os.nice(job.nice)
         orders = Orders(share_percent=job.share_percent)

@@ -29,7 +29,7 @@ from pydantic import ValidationError
 
 from rankup.delta import DeltaHeader, DeltaReader, check_structure
 from rankup.errors import DeltaError, DiskFullError, FatalError, SetupError, TooLargeError
-from worker.job import PAUSE, Failed, Finished, Job, Line, Paused, Ready, TrainerExit, parse_line, share_order
+from worker.job import PAUSE, Answered, Failed, Finished, Job, Line, Paused, Ready, TrainerExit, parse_line, share_order
 
 TRAINER_COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "worker.trainer")
 """`-P` keeps the current folder off the module path: nothing that lies about there is imported."""
@@ -106,7 +106,9 @@ def run_trainer(
                 break
             if isinstance(line, Finished | Failed):
                 last = line
-            if isinstance(line, Ready):
+            if isinstance(line, Answered):
+                pausable = True
+            elif isinstance(line, Ready):
                 pausable = line.pausable
             on_line(line)
         while child.poll() is None:  # its output is closed, it may still be leaving

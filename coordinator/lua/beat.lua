@@ -3,8 +3,8 @@
 -- ARGV[1]  prefix of all keys       ARGV[2]  sha256 of the token
 -- ARGV[3]  id of the lease          ARGV[4]  fence
 -- ARGV[5]  now, Unix seconds        ARGV[6]  training steps done
--- ARGV[7]  loss, or empty           ARGV[8]  tokens per second, or empty
--- ARGV[9]  seconds after which `seen` is written anew
+-- ARGV[7]  seconds after which `seen` is written anew
+-- ARGV[8] to ARGV[11]  loss, tokens per second, gradient norm, joules so far: each as it is stored, or empty
 -- Returns {when the lease runs out, its life without a heartbeat}, or nothing and changes nothing: this is for
 -- `leases.step` to judge.
 
@@ -50,16 +50,15 @@ if done > 0 then
   ends_at = now + math.max(0, tonumber(facts[3]) * count - done) * (now - tonumber(lease[8])) / done
 end
 redis.call('HSET', lease_key, 'expires_at', expires_at, 'step', string.format('%d', done))
-if ARGV[7] ~= '' then
-  redis.call('HSET', lease_key, 'loss', ARGV[7])
-end
-if ARGV[8] ~= '' then
-  redis.call('HSET', lease_key, 'tokens_per_s', ARGV[8])
+for place, name in ipairs({'loss', 'tokens_per_s', 'grad_norm', 'energy_j'}) do
+  if ARGV[7 + place] ~= '' then
+    redis.call('HSET', lease_key, name, ARGV[7 + place])
+  end
 end
 redis.call('HINCRBY', lease_key, 'rev', 1)
 redis.call('ZADD', round .. ':expiry', expires_at, ARGV[3])
 redis.call('ZADD', round .. ':eta', string.format('%.17g', ends_at), ARGV[3])
-if not about[2] or math.abs(now - tonumber(about[2])) >= tonumber(ARGV[9]) then
+if not about[2] or math.abs(now - tonumber(about[2])) >= tonumber(ARGV[7]) then
   redis.call('HSET', worker_key, 'seen', ARGV[5])
 end
 return {expires_at, facts[2]}

@@ -1,12 +1,14 @@
-"""`rankup worker status | pause | resume | finish | leave | limits | logs | install-service`: a worker kept in hand."""
+"""`rankup worker status | page | pause | resume | finish | leave | logs | install-service`: a worker kept in hand."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
+
+from rankup.cli import limits
 
 if TYPE_CHECKING:
     from worker.control import Order
@@ -14,30 +16,72 @@ if TYPE_CHECKING:
 
 _SERVER = typer.Option(None, "--server", help="Which worker is meant, where several run: the address it joined.")
 _JSON = typer.Option(False, "--json", help="Print JSON.")
-limits_app = typer.Typer(help="What this machine lends: show and set the limits.", invoke_without_command=True)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `rankup worker`."""
     app.command("status")(status)
+    app.command("page")(page)
     app.command("pause")(pause)
     app.command("resume")(resume)
     app.command("finish")(finish)
     app.command("leave")(leave)
     app.command("logs")(logs)
     app.command("install-service")(install_service)
-    app.add_typer(limits_app, name="limits")
+    app.add_typer(limits.app, name="limits")
 
 
-def status(server: str = _SERVER, as_json: bool = _JSON) -> None:
+def status(
+    watch: bool = typer.Option(False, "--watch", help="Show it again every second until Ctrl-C."),
+    server: str = _SERVER,
+    as_json: bool = _JSON,
+) -> None:
     """Show what the running worker does, why it is paused, and what it has done so far.
 
     **Examples**
 
     - `rankup worker status`
+    - `rankup worker status --watch`
     - `rankup worker status --json | jq .lease.eta_s`
     """
-    _order("status", server, as_json)
+    if watch:
+        _watch(server, as_json)
+    else:
+        _order("status", server, as_json)
+
+
+def page(
+    open_it: bool = typer.Option(False, "--open", help="Open it in the browser as well."),
+    server: str = _SERVER,
+    as_json: bool = _JSON,
+) -> None:
+    """Print an address that opens the running worker's page, once and within ten minutes; that browser stays let in.
+
+    The page shows what the worker does, and pauses, resumes and limits it. Only this machine can reach it.
+
+    **Examples**
+
+    - `rankup worker page --open`
+    """
+    import time
+    import webbrowser
+    from urllib.parse import urlsplit
+
+    from rankup.cli.output import print_json
+    from rankup.errors import StateError
+    from worker import control, pagekey
+    from worker.page import page_address
+
+    found = control.ask(_socket(server), control.Request(order="status")).page
+    port = urlsplit(found).port
+    if port is None:
+        raise StateError("this worker has no page", remedy="Start it without RANKUP_WORKER_PAGE_PORT=off.")
+    address = page_address(port, pagekey.make_code(pagekey.open_key(_home()), port, time.time()))
+    opened = open_it and webbrowser.open(address)
+    if as_json:
+        print_json({"address": address, "opened": opened})
+    else:
+        typer.echo(address)
 
 
 def pause(
@@ -96,40 +140,6 @@ def parse_duration(text: str) -> float:
     if not 0 < seconds <= 31_536_000:
         raise InputError(f"{text!r} is not a duration", remedy="Write 30s, 20m, 2h or 1d.")
     return seconds
-
-
-@limits_app.callback()
-def show_limits(context: typer.Context, as_json: bool = _JSON) -> None:
-    """Show the limits in limits.yaml of the worker's folder.
-
-    **Examples**
-
-    - `rankup worker limits`
-    - `rankup worker limits set idle_time_to_run=5 exclusive_app=[steam,cs2]`
-    """
-    if context.invoked_subcommand is None:
-        from worker.limitsfile import read_limits
-
-        _print_limits(read_limits(_home()), as_json)
-
-
-@limits_app.command("set")
-def set_limits(
-    changes: list[str] = typer.Argument(help="NAME=VALUE; a name without a value goes back to its default."),
-    as_json: bool = _JSON,
-) -> None:
-    """Change limits; a running worker takes them over within a second.
-
-    **Examples**
-
-    - `rankup worker limits set run_gpu_if_user_active=true`
-    - `rankup worker limits set start_hour=22 end_hour=7 week='{sat: [0, 24], sun: off}'`
-    - `rankup worker limits set max_bytes_sec_up=500e3 gpu_temp_limit_c=80`
-    - `rankup worker limits set exclusive_app=`
-    """
-    from worker.limitsfile import change_limits
-
-    _print_limits(change_limits(_home(), changes), as_json)
 
 
 def logs(
@@ -216,16 +226,46 @@ def _home() -> Path:
     return WorkerSettings().home
 
 
-def _order(order: Order, server: str | None, as_json: bool, *, seconds: float | None = None) -> None:
-    from rankup.cli.output import print_json
+def _socket(server: str | None) -> Path:
     from worker import control, identity
 
-    path = control.find_socket(_home(), identity.normalise_url(server) if server else None)
-    answer = control.ask(path, control.Request(order=order, seconds=seconds))
+    return control.find_socket(_home(), identity.normalise_url(server) if server else None)
+
+
+def _order(order: Order, server: str | None, as_json: bool, *, seconds: float | None = None) -> None:
+    from rankup.cli.output import print_json
+    from worker import control
+
+    answer = control.ask(_socket(server), control.Request(order=order, seconds=seconds))
     if as_json:
         print_json(answer)
     else:
-        typer.echo("\n".join(f"{name:<9} {words}" for name, words in describe(answer)))
+        typer.echo(_in_lines(answer))
+
+
+def _watch(server: str | None, as_json: bool) -> None:
+    """The status once a second, in place or as a JSON line each, until Ctrl-C; the worker's end raises."""
+    import time
+    from contextlib import nullcontext
+
+    from rich.live import Live
+    from rich.text import Text
+
+    from worker import control
+
+    path, request = _socket(server), control.Request(order="status")
+    with nullcontext() if as_json else Live(auto_refresh=False, vertical_overflow="visible") as live:
+        while True:
+            answer = control.ask(path, request)
+            if live is None:
+                typer.echo(answer.model_dump_json())
+            else:
+                live.update(Text(_in_lines(answer)), refresh=True)
+            time.sleep(1.0)
+
+
+def _in_lines(status: Status) -> str:
+    return "\n".join(f"{name:<9} {words}" for name, words in describe(status))
 
 
 def describe(status: Status) -> list[tuple[str, str]]:
@@ -234,8 +274,9 @@ def describe(status: Status) -> list[tuple[str, str]]:
     from worker.events import shards_in_words
 
     after = ", ends after this lease" if status.finishing else ""
+    after = ", ends now" if status.leaving else after
     lines = [
-        ("worker", f"{status.name} at {status.server}, process {status.pid}, up {_duration(status.uptime_s)}{after}"),
+        ("worker", f"{status.name} at {status.server}, process {status.pid}, up {duration(status.uptime_s)}{after}"),
         ("state", status.doing.value + (f": {status.reason}" if status.reason else "")),
     ]
     lease = status.lease
@@ -245,45 +286,28 @@ def describe(status: Status) -> list[tuple[str, str]]:
             numbers.append(f"loss {lease.loss:.3f}")
         if lease.tokens_per_s is not None:
             numbers.append(f"{lease.tokens_per_s:.0f} tokens/s")
+        if lease.energy_j is not None:
+            numbers.append(f"{lease.energy_j / 3600:.1f} Wh")
         if lease.eta_s is not None:
-            numbers.append(f"about {_duration(lease.eta_s)} to go")
+            numbers.append(f"about {duration(lease.eta_s)} to go")
         shards = shards_in_words(lease.shard, lease.shards)
         lines.append(("lease", f"{shards} of {lease.round_id}, {lease.model} version {lease.base_version}"))
         lines.append(("", ", ".join(numbers)))
     credit = status.credit
-    changed = status.limits.model_dump(mode="json", exclude_defaults=True)
+    changed = status.limits.model_dump(mode="json", exclude_defaults=True).items()
     lines += [
         ("outbox", f"{status.outbox_ready} to upload, {status.outbox_submitted} waiting for their verdict"),
         ("today", f"{human_bytes(status.bytes_up)} up, {human_bytes(status.bytes_down)} down"),
         ("credit", f"{credit.accepted} accepted, {credit.rejected} rejected, {credit.tokens} tokens"),
-        ("limits", ", ".join(f"{name}={_value(value)}" for name, value in changed.items()) or "defaults"),
+        ("limits", ", ".join(f"{name}={limits.value_in_words(value)}" for name, value in changed) or "defaults"),
     ]
+    if status.page:
+        lines.append(("page", f"{status.page} (`rankup worker page --open`)"))
     return lines + [("note", words) for words in status.unread]
 
 
-def _print_limits(limits: Any, as_json: bool) -> None:
-    from rankup.cli.output import print_json, print_table
-
-    if as_json:
-        print_json(limits)
-        return
-    values = limits.model_dump(mode="json")
-    defaults = type(limits)().model_dump(mode="json")
-    rows = [(name, _value(value), "" if value == defaults[name] else "set") for name, value in values.items()]
-    print_table("", ("limit", "value", ""), rows)
-
-
-def _value(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return " ".join(map(_value, value)) or "-"
-    if isinstance(value, dict):
-        return ", ".join(f"{day} {_value(hours)}" for day, hours in value.items()) or "-"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A length of time in one unit: 45 s, 21 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

@@ -19,6 +19,9 @@ def import_model(
     base: str = typer.Argument(help="Hub id, local folder, GGUF file, `smollm2` or `tiny`."),
     name: str = typer.Option(..., "--name", help="Name of the model on this server."),
     licence: str = typer.Option(None, help="SPDX id; default: what the base's model card says."),
+    stack_experts: bool = typer.Option(
+        False, help="Store a layer's experts as one tensor, so that they can be trained; needs transformers 5 to load."
+    ),
     as_json: bool = JSON,
 ) -> None:
     """Publish version 0 of a model: the base, as float32 master and bfloat16 export, signed.
@@ -54,6 +57,7 @@ def import_model(
             group_bytes=CoordinatorSettings().fold_group_bytes,
             now=time.time(),
             licence=licence,
+            stack_experts=stack_experts,
             progress=progress,
         )
     record_command(open_store(access.store), "import_model", {"model": name, "base": base})
@@ -72,7 +76,8 @@ def import_model(
 def build(
     name: str = typer.Argument(help="Name of the dataset on this server."),
     files: list[Path] = typer.Argument(
-        None, help="JSON lines, JSON or Parquet files with rows of a shape that TRL takes."
+        None,
+        help="JSON lines, JSON or Parquet files with rows of a shape that TRL takes, images beside them or in them.",
     ),
     pydocs: bool = typer.Option(
         False, "--pydocs", help="The docstrings of Python's standard library, instead of files."

@@ -104,6 +104,7 @@ def _as_dict(done: Collected, *, dry_run: bool) -> dict[str, Any]:
         "removed": done.removed,
         "removed_bytes": done.removed_bytes,
         "spared": done.spared,
+        "unfinished_uploads": done.unfinished,
         "kept_blobs": plan.kept_blobs,
         "kept_bytes": plan.kept_bytes,
         "retained": {model: record.model_dump(mode="json") for model, record in plan.retained.items()},
@@ -127,6 +128,9 @@ def _print_plan(plan: Plan) -> None:
 def _print_outcome(done: Collected, *, dry_run: bool) -> None:
     from rankup.cli.output import human_bytes
 
+    if done.unfinished:
+        would = "would be ended" if dry_run else "were ended"
+        typer.echo(f"{done.unfinished} uploads that nobody has gone on with {would}")
     plan = done.plan
     kept = f"{plan.kept_blobs} blobs ({human_bytes(plan.kept_bytes)}) stay"
     if dry_run:

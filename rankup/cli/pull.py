@@ -178,6 +178,7 @@ def _print_plan(planned: Planned) -> None:
 
 def _print_pulled(pulled: Pulled, to: Path, seconds: float, *, loads: bool) -> None:
     from rankup.cli.output import human_bytes
+    from rankup.vision import has_processor
 
     manifest = pulled.manifest
     size = human_bytes(sum(route.file.size_bytes for route in pulled.plan.routes))
@@ -186,5 +187,6 @@ def _print_pulled(pulled: Pulled, to: Path, seconds: float, *, loads: bool) -> N
     typer.echo(f"  manifest  {pulled.digest}")
     typer.echo(f"  key       {pulled.publisher_key}")
     if loads:
-        typer.echo(f"  load it   AutoModelForCausalLM.from_pretrained({str(to)!r})")
+        kind = "ImageTextToText" if has_processor(file.path for file in manifest.files) else "CausalLM"
+        typer.echo(f"  load it   AutoModelFor{kind}.from_pretrained({str(to)!r})")
         typer.echo(f"  try it    rankup ask {to} 'What does `os.path.join` do in Python?'")

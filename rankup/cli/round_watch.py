@@ -298,7 +298,7 @@ def leases_table(work: LeasesAtWork) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
     for name in ("volunteer", "shards"):
         table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=28)
-    for name in ("step", "loss", "tokens/s", "done in", "heard of"):
+    for name in ("step", "loss", "gradient", "tokens/s", "energy", "done in", "heard of"):
         table.add_column(name, justify="right", no_wrap=True)
     for lease in work.leases[:ROWS_SHOWN]:
         last = lease.shard + lease.shards - 1
@@ -307,12 +307,14 @@ def leases_table(work: LeasesAtWork) -> Table:
             str(lease.shard) if lease.shards == 1 else f"{lease.shard}-{last}",
             f"{lease.step}/{lease.steps}",
             "-" if lease.loss is None else f"{lease.loss:.3f}",
+            "-" if lease.grad_norm is None else f"{lease.grad_norm:.2f}",
             "-" if lease.tokens_per_s is None else f"{lease.tokens_per_s:.0f}",
+            "-" if lease.energy_j is None else f"{lease.energy_j / 3600:.1f} Wh",
             "-" if lease.done_at is None else span(lease.done_at - work.at),
             f"{span(work.at - lease.seen_at)} ago",
         )
     if work.total > ROWS_SHOWN:
-        table.add_row(Text(f"and {work.total - ROWS_SHOWN} more", style="dim"), *[""] * 6)
+        table.add_row(Text(f"and {work.total - ROWS_SHOWN} more", style="dim"), *[""] * 8)
     return table
 
 

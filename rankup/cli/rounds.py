@@ -83,11 +83,19 @@ def create(
     shards: int = typer.Option(None, help="Shards that one round hands out."),
     quorum: int = typer.Option(None, help="Accepted shards that close a round; default: all."),
     deadline_s: float = typer.Option(None, help="Seconds until a round closes with what it has."),
+    method: str = typer.Option(
+        None, help="What is minimised: sft, dpo, kto or distillation; it has to fit the dataset's rows."
+    ),
+    beta: float = typer.Option(None, help="dpo and kto: how tightly the model is held to its base."),
+    packing: bool = typer.Option(None, help="sft: put several short examples into one sequence."),
+    assistant_only: bool = typer.Option(None, help="sft on messages: learn the assistant's words only."),
     rank: int = typer.Option(None, help="LoRA rank."),
     steps: int = typer.Option(None, help="Training steps of one shard."),
     batch_size: int = typer.Option(None, help="Examples of one step."),
     max_tokens: int = typer.Option(None, help="Longest example, in tokens."),
     learning_rate: float = typer.Option(None, help="Peak learning rate of a volunteer."),
+    teacher: str = typer.Option(None, help="Model whose answers are learned; the method is then distillation."),
+    teacher_version: int = typer.Option(None, help="Its version; default: the latest when each round opens."),
     rule: str = typer.Option(
         None, help="How contributions are weighed: mean_by_tokens, multi_krum, geometric_median or centred_clipping."
     ),
@@ -103,6 +111,8 @@ def create(
     - `rankup round create --model smollm2 --dataset pydocs --repeat 2 --shards 3 --steps 25`
     - `rankup round create --model smollm2 --dataset pydocs --shards 20 --rule multi_krum`
     - `rankup round create --model smollm2 --dataset pydocs --repeat 8 --momentum 0 --outer-lr 1`
+    - `rankup round create --model qwen3 --dataset forum --teacher smollm2 --teacher-version 3`
+    - `rankup round create --model smollm2 --dataset preferences --method dpo --beta 0.1 --learning-rate 5e-5`
     - `rankup round create round.yaml`
     - `rankup round create round.yaml --repeat 20`
     """
@@ -111,9 +121,12 @@ def create(
     from rankup.protocol import RoundView
 
     outer = {"momentum": momentum, "learning_rate": outer_lr}
+    method = method or ("distillation" if teacher is not None else None)
     recipe: dict[str, Any] = {"rank": rank, "steps": steps, "batch_size": batch_size, "max_tokens": max_tokens}
+    recipe |= {"method": method, "beta": beta, "packing": packing, "assistant_only": assistant_only}
     recipe |= {"learning_rate": learning_rate, "aggregation": {"rule": rule, "outer": outer}}
     options: dict[str, Any] = {"model": model, "dataset": dataset, "repeat": repeat, "shards": shards}
+    options |= {"teacher": teacher, "teacher_version": teacher_version}
     options |= {"quorum": quorum, "deadline_s": deadline_s, "recipe": recipe}
     request = _request(path or file, options)
     answer = call(

@@ -10,10 +10,11 @@ from types import FrameType
 
 import typer
 
-from rankup.cli import control
+from rankup.cli import control, volunteer_doctor
 
 app = typer.Typer(help="Lend this machine to a community round.", no_args_is_help=True)
 control.register(app)
+volunteer_doctor.register(app)
 
 
 @app.command("join")
@@ -29,9 +30,13 @@ def join(
     dedicated: bool = typer.Option(
         None, "--dedicated", help="This machine does nothing else: work on batteries and while somebody uses it."
     ),
+    check: bool = typer.Option(True, "--doctor/--no-doctor", help="First check this machine and say what it will do."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object per event on stdout."),
 ) -> None:
     """Join a server and train until Ctrl-C: claims shards, trains them, hands the deltas in.
+
+    First it checks the machine, as `rankup worker doctor URL` does, and says what it found and what it will do; it goes
+    on by itself where nothing failed.
 
     Ctrl-C gives the present shards back; a finished delta is kept and delivered next time. After a SIGTERM, a crash or
     a power cut the next `join` goes on where the training was, if the lease is still valid. `rankup worker limits` says
@@ -47,12 +52,14 @@ def join(
     from rankup.settings import WorkerSettings
     from worker.agent import run
     from worker.display import open_display
-    from worker.doctor import require_trainer
+    from worker.machine_probe import require_trainer
 
     require_trainer()
     options = {"threads": threads, "device": device, "dedicated": dedicated, "models": models or None}
     chosen = {name: value for name, value in options.items() if value is not None}
     settings = WorkerSettings.model_validate(WorkerSettings().model_dump() | chosen)
+    if check:
+        volunteer_doctor.before_join(settings, url, invite=invite, as_json=as_json)
     with interruptible() as stopped, _noticing_sigterm() as terminated, open_display(as_json=as_json) as report:
         summary = run(
             url,
@@ -88,51 +95,3 @@ def _noticing_sigterm() -> Iterator[threading.Event]:
         yield terminated
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@app.command("doctor")
-def doctor(
-    url: str = typer.Argument(None, help="Server to check against; default: only this machine is checked."),
-    what_leaves: bool = typer.Option(False, "--what-leaves", help="Print what leaves this machine, and check nothing."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
-) -> None:
-    """Check whether this machine can train, and say what to do where it cannot.
-
-    **Examples**
-
-    - `rankup worker doctor`
-    - `rankup worker doctor http://127.0.0.1:8420`
-    - `rankup worker doctor --what-leaves`
-    """
-    import dataclasses
-
-    from rankup.cli.output import print_json, print_table
-    from rankup.settings import WorkerSettings
-    from worker.doctor import examine
-
-    if what_leaves:
-        _print_what_leaves(as_json)
-        return
-    findings = examine(WorkerSettings(), url)
-    if as_json:
-        print_json([dataclasses.asdict(finding) for finding in findings])
-    else:
-        rows = [(f.name, "ok" if f.ok else "NOT OK", f.detail, "" if f.ok else f.remedy) for f in findings]
-        print_table("", ("check", "result", "found", "remedy"), rows)
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(1)
-
-
-def _print_what_leaves(as_json: bool) -> None:
-    import dataclasses
-
-    from rankup.cli.output import print_json, print_table
-    from worker.leaves import LEAVING, STAYING
-
-    if as_json:
-        print_json({"leaves": [dataclasses.asdict(item) for item in LEAVING], "stays": list(STAYING)})
-        return
-    print_table("", ("when", "name", "what", "what for"), [(i.when, i.name, i.what, i.why) for i in LEAVING])
-    typer.echo("What stays here:")
-    for words in STAYING:
-        typer.echo(f"- {words}")

@@ -251,6 +251,14 @@ def _almost_cancelling(world: World) -> tuple[Path, Submission]:
     return path, world.submission(1, ref)
 
 
+def _in_four_bits(world: World) -> tuple[Path, Submission]:
+    request = world.record.request
+    recipe = request.recipe.model_copy(update={"four_bit": "never"})
+    world.record = world.record.model_copy(update={"request": request.model_copy(update={"recipe": recipe})})
+    path, ref = world.delta(1)
+    return path, world.submission(1, ref, precision="nf4")
+
+
 BAD_DELTAS: dict[str, tuple[Bad, str, str]] = {
     "components that almost cancel each other": (_almost_cancelling, "cancellation", "cancel"),
     "a weight is missing": (_missing, "structure", "missing"),
@@ -280,6 +288,7 @@ BAD_DELTAS: dict[str, tuple[Bad, str, str]] = {
     "a shard that the round has not": (_no_such_shard, "round", "shard"),
     "more tokens than the recipe can process": (_boast, "work", "tokens"),
     "more steps than the recipe has": (_overtime, "work", "steps"),
+    "beside a base in 4 bits that the recipe does not take": (_in_four_bits, "work", "4 bits"),
 }
 
 

@@ -19,7 +19,7 @@ from aggregator.revoke import revoke
 from aggregator.stocktaking import read_inventory
 from rankup.errors import ConflictError, InputError, IntegrityError, NotFoundError
 from rankup.message import canonical_json
-from rankup.protocol import RoundRequest, RoundState, SubmitStatement
+from rankup.protocol import RoundRequest, RoundState, SubmitStatement, VersionRef
 from rankup.pull import pull
 from rankup.records import BlobRef, DatasetCard, Receipt, Retained, RoundEnd, RoundRecord, Submission
 from rankup.replay import verify_version
@@ -338,13 +338,20 @@ def test_a_manifest_beyond_the_pointer_keeps_what_it_names(history: History) -> 
 # -- rounds, datasets and uploads --------------------------------------------------------------------------------------
 
 
-def add_round(history: History, round_id: str, base: int, shards: tuple[BlobRef, ...]) -> None:
+def add_round(
+    history: History, round_id: str, base: int, shards: tuple[BlobRef, ...], teacher: int | None = None
+) -> None:
+    taught_by = None
+    if teacher is not None:
+        digest = manifest_digest(history.manifests[teacher])
+        taught_by = VersionRef(model=MODEL, version=teacher, manifest=digest)
     record = RoundRecord(
         round_id=round_id,
         request=RoundRequest(model=MODEL, dataset="data", shards=1),
         index=0,
         base_version=base,
         base_manifest=manifest_digest(history.manifests[base]),
+        teacher=taught_by,
         shards=shards,
         targets=history.manifests[0].targets(),
         opened_at=1.0,
@@ -387,6 +394,15 @@ def add_receipt(history: History, round_id: str, lease_id: str, data: bytes) -> 
     receipt = Receipt(submission=submission, accepted=True, reason="", checks=(), judged_at=1.0)
     history.store.put(receipt_key(round_id, ref.sha256), canonical_json(receipt))
     return ref
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_version_that_teaches_an_open_round_stays(history: History, ended: bool) -> None:
+    add_round(history, "round-12", 9, (), teacher=3)
+    if ended:
+        add_end(history, "round-12")
+    run(history)
+    assert all(holds(history, group.export) for group in history.manifests[3].groups) is not ended
 
 
 def test_rounds_datasets_and_uploads_keep_what_they_need(history: History) -> None:
@@ -490,3 +506,17 @@ def test_the_command_says_what_goes_and_why(
     assert ("master of an older version" in shown) == dry_run
     with pytest.raises(InputError):
         app(["--keep-contributions", "some"], standalone_mode=False)
+
+
+def test_uploads_that_nobody_goes_on_with_are_ended_after_the_grace_period(history: History) -> None:
+    store = history.store
+    for lease, age_s in (("lease-1", RULES.grace_s + 60), ("lease-2", RULES.grace_s - 60)):
+        store._clock = lambda age_s=age_s: later() - age_s
+        store.begin_upload(upload_key(lease, "3" * 64))
+    store.begin_upload("elsewhere/x")
+    assert run(history, dry_run=True).unfinished == 1
+    assert len(list(store.open_uploads("uploads/"))) == 2
+    assert run(history).unfinished == 1
+    assert [upload.key for upload in store.open_uploads("uploads/")] == [upload_key("lease-2", "3" * 64)]
+    assert run(history).unfinished == 0
+    assert len(list(store.open_uploads("elsewhere/"))) == 1

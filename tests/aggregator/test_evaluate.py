@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from aggregator.evaluate import Loss, answer, encode, heldout_loss
+from aggregator.encoding import encode
+from aggregator.evaluate import Loss, answer, heldout_loss
 from aggregator.tiny import write_tiny_model
 from rankup.errors import InputError
 
@@ -108,10 +109,9 @@ def test_the_tokens_and_the_mask_are_those_of_trl(folder: Path, tokenizer: Any, 
     )
     batch = trainer.data_collator([trainer.train_dataset[0]])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-    ours = encode(tokenizer, row, 64)
-    assert ours is not None
+    (ours,) = encode(tokenizer, row, 64)
     assert list(ours.ids) == ids
-    assert [label for label in labels if label != -100] == list(ours.ids[ours.scored_from :])
+    assert [label != -100 for label in labels] == list(ours.scored)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from rankup.recipe import Recipe
 from rankup.records import Manifest
 from rankup.signing import generate_private_key, parse_private_key
 from rankup.store import MemoryStore, blob_key
-from rankup.targets import select_targets
+from rankup.targets import Target, select_targets
 from rankup.versions import MAX_POINTER_BYTES, manifest_digest, parse_pointer, pointer_key
 
 KEY = parse_private_key(generate_private_key())
@@ -48,8 +48,12 @@ def tiny(tmp_path: Path) -> Base:
     return fetch_base("tiny", tmp_path / "tiny")
 
 
-def publish(store: MemoryStore, base: Base, *, now: float = NOW, group_bytes: int = GROUP_BYTES) -> Manifest:
-    return make_version_zero(store, KEY, model="toy", base=base, group_bytes=group_bytes, now=now)
+def publish(
+    store: MemoryStore, base: Base, *, now: float = NOW, group_bytes: int = GROUP_BYTES, stack_experts: bool = False
+) -> Manifest:
+    return make_version_zero(
+        store, KEY, model="toy", base=base, group_bytes=group_bytes, now=now, stack_experts=stack_experts
+    )
 
 
 def folder_of(store: MemoryStore, manifest: Manifest, to: Path) -> Path:
@@ -210,6 +214,64 @@ def test_experts_that_a_file_holds_one_by_one_are_published_as_they_are_without_
     assert all(torch.equal(ours[key], tensor.to(torch.bfloat16)) for key, tensor in model.state_dict().items())
 
 
+def one_by_one(tiny: Base, folder: Path) -> Base:
+    model = mixture_model()
+    base = saved(model, tiny, folder)
+    model.save_pretrained(folder, save_original_format=True)
+    return base
+
+
+def test_experts_that_a_file_holds_one_by_one_become_stacks_where_that_is_asked_for(tiny: Base, tmp_path: Path) -> None:
+    import torch
+
+    base = one_by_one(tiny, tmp_path / "model")
+    store = MemoryStore()
+    for _ in range(2):
+        manifest = publish(store, base, stack_experts=True)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert manifest.targets()[name] == Target(role="experts", d_out=16, d_in=16, slices=4)
+    assert not [name for name in manifest.tensors if ".experts.0." in name]
+    ours = load(folder_of(store, manifest, tmp_path / "published")).state_dict()
+    theirs = load(base.folder, dtype=torch.float32).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], tensor.to(torch.bfloat16)) for key, tensor in theirs.items())
+    (group,) = (group for group in manifest.groups if name in group.tensors)
+    assert np.array_equal(read_tensor(store, group.master, name), theirs[name].numpy())
+
+
+@pytest.mark.parametrize("stack_experts", [False, True])
+def test_a_base_that_lacks_an_expert_is_refused(tiny: Base, tmp_path: Path, stack_experts: bool) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    base = one_by_one(tiny, tmp_path / "model")
+    tensors = load_file(base.folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, base.folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"7 matrices of experts for model\.layers\.0\.mlp\.experts\.gate_up_proj"):
+        publish(MemoryStore(), base, stack_experts=stack_experts)
+
+
+def test_a_base_without_experts_one_by_one_has_nothing_to_stack(tiny: Base) -> None:
+    with pytest.raises(InputError, match="nothing to stack"):
+        publish(MemoryStore(), tiny, stack_experts=True)
+
+
+def test_masks_and_frequencies_of_old_files_are_left_out(tiny: Base, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    base = saved(gpt2_model(), tiny, tmp_path / "model")
+    tensors = load_file(base.folder / "model.safetensors")
+    old = {"attn.bias": np.ones((1, 1, 4, 4), np.bool_), "attn.masked_bias": np.float16([-np.inf])}
+    old["attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(
+        {n.removeprefix("transformer."): t for n, t in tensors.items()} | {f"h.0.{n}": t for n, t in old.items()},
+        base.folder / "model.safetensors",
+    )
+    manifest = publish(MemoryStore(), base)
+    assert manifest.tensors.keys() == tensors.keys()
+    assert manifest.tensors["transformer.h.0.attn.c_attn.bias"].role == "vector"
+
+
 def test_the_pointer_names_version_zero_and_progress_ends_at_the_total(tiny: Base) -> None:
     store, seen = MemoryStore(), list[tuple[int, int]]()
     manifest = make_version_zero(
@@ -325,6 +387,10 @@ def remove_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
+def leave_sentencepiece_alone(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+
+
 def leave_folder(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../etc/passwd"}}')
 
@@ -349,6 +415,7 @@ def _rewrite(folder: Path, name: str, value: np.ndarray) -> None:
         (break_config(model_type="from-the-future"), "no language model"),
         (break_config(num_hidden_layers=3), "no weight model.layers.2"),
         (remove_tokenizer, "no tokenizer"),
+        (leave_sentencepiece_alone, r"tokenizer\.model alone"),
         (leave_folder, "outside its folder"),
     ],
 )

@@ -22,13 +22,14 @@ from aggregator.cohort import (
 )
 from aggregator.intake import admit
 from aggregator.published import latest_version
+from aggregator.tasks import TrainedIn
 from rankup.message import canonical_json
+from rankup.protocol import VersionRef
 from rankup.recipe import Aggregation
-from rankup.records import Manifest, Receipt, RoundRecord, Submission
+from rankup.records import Manifest, Receipt, RoundRecord
 from rankup.replay import verify_version
 from rankup.signing import public_key_hex, save_private_key
 from rankup.sources import StoreSource
-from rankup.store import Store
 from rankup.versions import manifest_digest, round_key
 
 LATE, TIER = 9, 2
@@ -125,19 +126,28 @@ def test_an_audit_trains_for_the_round_and_on_the_version_that_the_statement_nam
     published = campaign.publish(first, [campaign.bring(first, first, 0)])
     second, store = campaign.after(published), campaign.world.store
 
-    def retrain(store: Store, record: RoundRecord, submission: Submission, base: Path, folder: Path) -> Path:
-        return folder
+    def retrain(*given: Any) -> Path:
+        pytest.fail(f"trained in vain: {given}")
 
     pipeline = LocalPipeline(store, campaign.key_file, retrain)
 
-    def audited(trained_in: RoundRecord, **changes: Any) -> tuple[RoundRecord, Manifest] | None:
+    def audited(trained_in: RoundRecord, **changes: Any) -> TrainedIn | None:
         world = campaign.at(trained_in)
         _, ref = world.delta(0)
         return pipeline._audited(second, world.submission(0, ref, **changes), 0)
 
-    assert audited(second) == (second, published)
+    assert audited(second) == (second, published, None)
     assert audited(first) is None, "nobody knows its shards"
     store.put(round_key(first.round_id), canonical_json(first))
-    assert audited(first) == (first, campaign.world.parent)
-    assert audited(second, base_manifest=first.base_manifest) == (second, campaign.world.parent)
+    assert audited(first) == (first, campaign.world.parent, None)
+    assert audited(second, base_manifest=first.base_manifest) == (second, campaign.world.parent, None)
     assert audited(second, base_manifest="0" * 64) is None, "admission refuses it"
+
+
+def test_an_audit_has_the_teacher_of_the_round(campaign: Campaign) -> None:
+    parent = campaign.world.parent
+    teacher = VersionRef(model=parent.model, version=parent.version, manifest=manifest_digest(parent))
+    taught = campaign.first.model_copy(update={"teacher": teacher})
+    pipeline = LocalPipeline(campaign.world.store, campaign.key_file, lambda *_: pytest.fail("trained in vain"))
+    _, ref = campaign.world.delta(0)
+    assert pipeline._audited(taught, campaign.world.submission(0, ref), 0) == (taught, parent, parent)

@@ -55,6 +55,18 @@ def mamba() -> Any:
     return MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
 
 
+def phimoe() -> Any:
+    from transformers import PhimoeConfig
+
+    return PhimoeConfig(**SMALL, intermediate_size=24, num_key_value_heads=2, num_local_experts=4)
+
+
+def falcon() -> Any:
+    from transformers import FalconConfig
+
+    return FalconConfig(**SMALL)
+
+
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Parameter | None]]] = {
     "linear layers, and a head of its own": (
         llama,
@@ -94,6 +106,17 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Parameter | None]]] = {
             "model.decoder.embed_positions.weight": None,
             "model.decoder.embed_tokens.weight": Parameter((64, 16), "embedding"),
         },
+    ),
+    "a router is no linear layer, though it is made from one": (
+        phimoe,
+        {
+            "model.layers.0.mlp.router.weight": None,
+            "model.layers.0.mlp.experts.down_proj": Parameter((4, 16, 24), "experts"),
+        },
+    ),
+    "a linear layer that multiplies in its own way": (
+        falcon,
+        {"transformer.h.0.self_attention.query_key_value.weight": Parameter((32, 16), "linear")},
     ),
     "an embedding that scales": (gemma3, {"model.embed_tokens.weight": Parameter((64, 16), "embedding")}),
     "a convolution is no stack of experts": (

@@ -6,30 +6,35 @@ from pathlib import Path
 
 from toy_world import World
 
-from aggregator.tasks import _audit
+from aggregator.tasks import TrainedIn, _audit
 from rankup.errors import SetupError
 from rankup.records import Check, RoundRecord, Submission
 from rankup.store import Store
 
 
-def audited(world: World, tmp_path: Path, again: int | None) -> Check:
+def audited(world: World, tmp_path: Path, again: int | None, *, taught: bool = False) -> Check:
     """The audit of delta 0, where training again gives delta `again`, or fails."""
     path, ref = world.delta(0)
     submission = world.submission(0, ref)
 
-    def retrain(store: Store, record: RoundRecord, given: Submission, base: Path, scratch: Path) -> Path:
+    def retrain(
+        store: Store, record: RoundRecord, given: Submission, base: Path, teacher: Path | None, scratch: Path
+    ) -> Path:
         assert (given, record) == (submission, world.record)
         assert (base / "config.json").is_file()
+        assert taught == (teacher is not None)
+        assert teacher is None or (teacher / "config.json").is_file()
         assert scratch.is_dir()
         if again is None:
             raise SetupError("no trainer here")
         return world.delta(9, world.factors(again))[0]
 
-    return _audit(world.store, world.record, world.parent, submission, retrain, tmp_path / "cache", path)
+    trained_in = TrainedIn(world.record, world.parent, world.parent if taught else None)
+    return _audit(world.store, trained_in, submission, retrain, tmp_path / "cache", path)
 
 
 def test_the_same_delta_again_passes_and_another_one_does_not(world: World, tmp_path: Path) -> None:
-    same, other = audited(world, tmp_path, 0), audited(world, tmp_path, 1)
+    same, other = audited(world, tmp_path, 0), audited(world, tmp_path, 1, taught=True)
     assert (same.name, same.passed, round(same.value or 0, 6)) == ("audit", True, 1.0)
     assert not other.passed
     assert "cosine" in other.detail

@@ -45,6 +45,7 @@ RATE_LIMITS = (
     "claims_per_min",
     "heartbeats_per_min",
     "deliveries_per_min",
+    "links_per_min",
     "requests_per_min",
     "refusals_per_min",
 )

@@ -40,6 +40,8 @@ async def furnished(ledger: Ledger) -> None:
     step=st.integers(0, 100),
     loss=MEASURED,
     tokens_per_s=MEASURED,
+    grad_norm=MEASURED,
+    energy_j=MEASURED,
     pause_s=st.floats(0, 900),
 )
 def test_a_beat_is_stored_as_the_machine_of_leases_has_it(
@@ -50,6 +52,8 @@ def test_a_beat_is_stored_as_the_machine_of_leases_has_it(
     step: int,
     loss: float | None,
     tokens_per_s: float | None,
+    grad_norm: float | None,
+    energy_j: float | None,
     pause_s: float,
 ) -> None:
     valkey.client().flushall()
@@ -72,9 +76,10 @@ def test_a_beat_is_stored_as_the_machine_of_leases_has_it(
             granted = replace(granted, step=done)
             assert await ledger.valkey.commit([], keys.lease_writes(granted, commands))
             before = await ledger.lease("l-1")
-            said = Heartbeat(fence=7, step=step, loss=loss, tokens_per_s=tokens_per_s)
+            measured = {"loss": loss, "tokens_per_s": tokens_per_s, "grad_norm": grad_norm, "energy_j": energy_j}
+            said = Heartbeat.model_validate({"fence": 7, "step": step, **measured})
             steps = (await ledger.record("r1")).request.recipe.steps * shards
-            event = leases.Beat(7, LEASE_S, steps, step, loss, tokens_per_s)
+            event = leases.Beat(7, LEASE_S, steps, step, **measured)
             expected, (extended,) = leases.step(before, event, now)
             assert isinstance(extended, leases.ExtendExpiry)
 

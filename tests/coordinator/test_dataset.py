@@ -83,6 +83,8 @@ USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "conte
         ({"prompt": [USER], "completion": [ASSISTANT]}, "prompt-completion chat"),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preference"),
         ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT]}, "preference chat"),
+        ({"prompt": "p", "completion": "c", "label": False}, "unpaired"),
+        ({"prompt": [USER], "completion": [ASSISTANT], "label": True}, "unpaired chat"),
         ({"text": "t", "id": 7, "url": None}, "text"),
     ],
 )
@@ -93,10 +95,59 @@ def test_every_shape_of_trl_is_taken(row: dict[str, Any], shape: str) -> None:
     assert extra == (("id",) if "id" in row else ())
 
 
+OTHER = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "plain"),
+    [
+        (
+            {"chosen": "Q: Why? A: Sun.", "rejected": "Q: Why? A: Sand."},
+            {"prompt": "Q: Why? A:", "chosen": " Sun.", "rejected": " Sand."},
+        ),
+        (
+            {"chosen": "Go on\n\nand on", "rejected": "Go on\n\nand"},
+            {"prompt": "Go on", "chosen": "\n\nand on", "rejected": "\n\nand"},
+        ),
+        (
+            {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},
+            {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER]},
+        ),
+        (
+            {"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},
+            {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER]},
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            {"messages": [USER, ASSISTANT]},
+        ),
+        ({"conversations": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}),
+        ({"prompt": "p", "completion": "c", "label": "spam"}, {"prompt": "p", "completion": "c"}),
+    ],
+)
+def test_other_ways_to_write_a_row_become_the_plain_one(row: dict[str, Any], plain: dict[str, Any]) -> None:
+    assert parse_row(json.dumps(row))[1] == plain
+
+
+@given(st.text("ab \n", max_size=12), st.text("ab \n", max_size=6), st.text("ab \n", max_size=6))
+def test_a_split_pair_is_the_pair_again_when_it_is_put_together(shared: str, one: str, other: str) -> None:
+    try:
+        _, row, _ = parse_row(json.dumps({"chosen": shared + one, "rejected": shared + other}))
+    except RowError:
+        return
+    assert row["prompt"] + row["chosen"] == shared + one
+    assert row["prompt"] + row["rejected"] == shared + other
+    assert all(row[field] for field in ("prompt", "chosen", "rejected"))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("{", "not JSON"),
+        ('{"chosen": "abc", "rejected": "abd"}', "do not begin with one prompt"),
+        ('{"chosen": "", "rejected": ""}', "do not begin with one prompt"),
+        ('{"chosen": "a b", "rejected": []}', "must both be text"),
+        ('{"conversations": [{"from": "narrator", "value": "x"}]}', r"messages\[0\].role"),
         ("[" * 100_000, "not JSON"),
         ("[1]", "a list, not a JSON object"),
         ('{"question": "q"}', "question"),
@@ -147,7 +198,13 @@ def test_the_space_between_a_plain_prompt_and_its_completion_stays() -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [{"text": " \n\x00"}, {"prompt": "p", "completion": " "}, {"messages": [{"role": "user", "content": "\t"}]}],
+    [
+        {"text": " \n\x00"},
+        {"prompt": "p", "completion": " "},
+        {"messages": [{"role": "user", "content": "\t"}]},
+        {"prompt": "p", "completion": "", "label": True},
+        {"prompt": "p", "chosen": "one answer", "rejected": "one answer\n"},
+    ],
 )
 def test_a_row_with_nothing_left_is_dropped(row: dict[str, Any]) -> None:
     assert clean_row(row) is None
@@ -315,6 +372,26 @@ class TestBuild:
         )
         rows = [pair(template + prose(number, 6), prose(number + 500)) for number in range(60)]
         assert build(MemoryStore(), rows).rows == 52
+
+    def test_preferences_make_a_dataset_of_their_shape_without_pairs_of_one_answer(self) -> None:
+        store = MemoryStore()
+        rows = [{"prompt": prose(n, 6), "chosen": prose(n + 100), "rejected": prose(n + 200)} for n in range(40)]
+        whole = [{name: f"{rows[0]['prompt']} {prose(n)}" for n, name in enumerate(("chosen", "rejected"))}]
+        same = [{"prompt": prose(n + 50, 6), "chosen": prose(n), "rejected": f"{prose(n)} "} for n in range(3)]
+        card = build(store, rows[1:] + whole)
+        assert card.shape == "preference"
+        assert counts(card)["clean"] == (40, 40)
+        assert all(row.keys() == {"prompt", "chosen", "rejected"} for row in heldout(store, card))
+        assert counts(build(store, rows + same, dataset="more"))["clean"] == (43, 40)
+
+    def test_labelled_answers_need_both_labels_among_those_held_out(self) -> None:
+        store = MemoryStore()
+        rows = [{"prompt": prose(n, 6), "completion": prose(n + 100), "label": n % 2 == 0} for n in range(40)]
+        card = build(store, rows)
+        assert card.shape == "unpaired"
+        assert {row["label"] for row in heldout(store, card)} == {True, False}
+        with pytest.raises(InputError, match="all good or all bad"):
+            build(store, [row | {"label": True} for row in rows], dataset="praise")
 
     def test_other_fields_are_left_out_and_named(self) -> None:
         card = build(MemoryStore(), [{"text": prose(n), "id": n, "url": "x"} for n in range(30)])

@@ -51,6 +51,7 @@ def test_the_embedded_servers_are_well_and_nothing_stays_behind(
     ]
     assert bad == []
     wanted = {"s3 write once", "s3 compare and swap", "s3 signed uploads", "s3 privacy", "clock", "disk", "secrets"}
+    wanted |= {"s3 uploads in parts"}
     wanted |= {"valkey version", "valkey persistence", "valkey memory", "valkey fsync", "publisher's key", "open ports"}
     assert wanted <= {finding.check for finding in found}
     assert list(S3Store(local_services.store_settings).list("doctor/")) == []
@@ -105,6 +106,7 @@ def test_a_storage_that_takes_everything_is_found_out(careless_store: S3Store) -
         "s3 write once": Grade.FAIL,
         "s3 compare and swap": Grade.FAIL,
         "s3 signed uploads": Grade.FAIL,
+        "s3 uploads in parts": Grade.FAIL,
         "s3 privacy": Grade.FAIL,
         "clock": Grade.FAIL,
     }

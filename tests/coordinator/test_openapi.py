@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from pydantic import BaseModel, SecretStr
 
-from coordinator import routes_model, routes_people, routes_round, routes_worker
+from coordinator import routes_link, routes_model, routes_people, routes_round, routes_worker
 from coordinator.examples import ANSWERS, EXAMPLES, PROBLEM
 from coordinator.gateway import GatewayDeps, create_app
 from coordinator.ledger import Ledger
@@ -18,7 +18,9 @@ from rankup.settings import CoordinatorSettings
 from rankup.store import MemoryStore
 
 ROUTES = [
-    route for module in (routes_model, routes_people, routes_round, routes_worker) for route in module.router.routes
+    route
+    for module in (routes_link, routes_model, routes_people, routes_round, routes_worker)
+    for route in module.router.routes
 ]
 
 

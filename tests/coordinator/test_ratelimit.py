@@ -28,7 +28,7 @@ class World:
     """A gateway of nothing but the layer: answers `status` to what gets through."""
 
     def __init__(self, status: int = 200, **per_min: int) -> None:
-        kinds = ("enrols", "claims", "heartbeats", "deliveries", "requests", "refusals")
+        kinds = ("enrols", "claims", "heartbeats", "deliveries", "links", "requests", "refusals")
         settings = CoordinatorSettings(
             **{f"{kind}_per_min": per_min.get(kind, 0) for kind in kinds},  # type: ignore[arg-type]
             trusted_proxies=("10.0.0.0/8", "fd00::/8"),
@@ -65,6 +65,8 @@ KINDS = {
     ("POST", "/v1/leases/l-1/submit"): "delivery",
     ("GET", "/v1/leases/l-1"): "delivery",
     ("GET", "/v1/leaderboard"): "request",
+    ("PUT", "/v1/link"): "link",
+    ("GET", "/v1/link"): "link",
     ("GET", "/v1/health"): None,
     ("GET", "/v1/ready"): None,
     ("GET", "/metrics"): None,

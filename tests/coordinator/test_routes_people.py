@@ -154,6 +154,27 @@ def test_a_member_goes_to_another_team_with_an_invite_to_it(world: World) -> Non
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_worker_is_told_what_the_organiser_says_of_it(valkey: ValkeyServer) -> None:
+    with served(valkey, enrolment="approval") as world:
+        ada = Volunteer("ada")
+        enrol(world, ada, invite="", team="harbour")
+
+        def me() -> httpx2.Response:
+            return world.http.get("/v1/workers/me", headers=ada.auth)
+
+        assert me().json() == {
+            "worker_id": ada.worker_id,
+            "name": "ada",
+            "team": "harbour",
+            "standing": Standing.WAITING.value,
+        }
+        manage(world, "/v1/people/approve", {"workers": [ada.worker_id]})
+        assert me().json()["standing"] == Standing.MEMBER.value
+        manage(world, f"/v1/people/{ada.worker_id}/ban", {"reason": "copies"})
+        assert me().status_code == 403
+        assert world.http.get("/v1/workers/me").status_code == 401
+
+
 def test_a_worker_changes_its_token_and_the_old_one_is_worth_nothing(world: World) -> None:
     ada = world.join()
     answer = world.http.post("/v1/workers/me/token", headers=ada.auth)

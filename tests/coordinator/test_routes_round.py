@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from gateway_world import ORGANISER_TOKEN, World, furnished_gateway, make_manifest, publish
+from gateway_world import ORGANISER_TOKEN, World, furnished_gateway, make_manifest, publish, sha256
 from typer.testing import CliRunner
 
 from rankup.cli import app
@@ -176,3 +176,28 @@ def test_the_commands_of_the_organiser_do_what_they_say(world: World) -> None:
     watched = CliRunner().invoke(app, ["round", "watch", first], env=env)
     assert watched.exit_code == 0
     assert f"{first}: cancelled" in watched.stdout
+
+
+def test_a_round_says_what_work_on_it_takes_and_how_long_a_shard_took(world: World) -> None:
+    tiers = [{"min_memory_gib": 6, "rank": 2}, {"min_memory_gib": 12, "rank": 4}]
+    recipe = {"rank": 4, "mantissa_bits": 8}
+    made = world.open_round(shards=2, tiers=tiers, recipe=recipe, lease_target_s=600, teams=["harbour"])
+    assert (made["tiers"], made["listed"], made["lease_target_s"], made["shard_s"]) == (tiers, True, 600.0, None)
+    # Two linear layers of 8 x 8 at rank 4, a byte a number.
+    shapes = make_manifest(0, None).targets()
+    assert made["delta_bytes"] == sum(4 * (target.d_out + target.d_in) for target in shapes.values() if target.d_in > 1)
+    assert made["shard_bytes"] > 0
+    world.http.post(f"/v1/rounds/{made['round_id']}/cancel", json={}, headers=world.organiser)
+
+    open_to_all = world.open_round(shards=2)
+    for name, seconds in (("ada", 10.0), ("grace", 30.0)):
+        volunteer = world.join(name)
+        lease = world.claim(volunteer)
+        delta = f"a delta of {name}".encode()
+        ticket = {"fence": lease.fence, "sha256": sha256(delta), "size_bytes": len(delta)}
+        world.http.post(f"/v1/leases/{lease.lease_id}/upload", json=ticket, headers=volunteer.auth)
+        world.upload(lease, delta)
+        said = volunteer.submission(lease, delta, seconds=seconds)
+        answer = world.http.post(f"/v1/leases/{lease.lease_id}/submit", json=said, headers=volunteer.auth)
+        assert answer.status_code == 202, answer.text
+    assert world.http.get(f"/v1/rounds/{open_to_all['round_id']}").json()["shard_s"] == 20.0

@@ -87,8 +87,10 @@ def start_server(home: Path, port: int | None = None, **more: str) -> Server:
     server = Server(home, f"http://127.0.0.1:{port}", process)
     deadline = time.monotonic() + START_S
     while "Ready." not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.terminate()
+            process.wait(STOP_S)
+            raise AssertionError(log.read_text())
         time.sleep(0.2)
     return server
 

@@ -12,7 +12,7 @@ import worker.training
 from rankup.cli.retrain import retrain
 from rankup.errors import IntegrityError
 from rankup.protocol import RoundRequest, SubmitStatement
-from rankup.recipe import Recipe
+from rankup.recipe import Precision, Recipe
 from rankup.records import BlobRef, RoundRecord, Submission
 from rankup.store import MemoryStore, blob_key
 from rankup.targets import Target
@@ -86,9 +86,11 @@ def stored(shards: list[bytes]) -> MemoryStore:
 def test_the_job_is_that_of_the_lease(
     tmp_path: Path, jobs: list[Job], rank: int | None, alpha: float, ranks: tuple[int, int]
 ) -> None:
-    delta = retrain(stored(SHARDS), make_record(), make_submission(2, 3, rank), tmp_path / "base", tmp_path)
+    teacher = None if rank is None else tmp_path / "teacher"
+    delta = retrain(stored(SHARDS), make_record(), make_submission(2, 3, rank), tmp_path / "base", teacher, tmp_path)
     (job,) = jobs
     assert delta == job.delta_file
+    assert (job.base_folder, job.teacher_folder) == (tmp_path / "base", teacher)
     assert [path.read_bytes() for path in job.shard_files] == SHARDS[2:5]
     assert job.steps == 3 * RECIPE.steps
     assert (job.recipe.rank, job.recipe.alpha) == (rank or RECIPE.rank, alpha)
@@ -98,5 +100,16 @@ def test_the_job_is_that_of_the_lease(
 def test_a_shard_with_other_bytes_is_not_trained_on(tmp_path: Path, jobs: list[Job]) -> None:
     store = stored([*SHARDS[:3], b"other", SHARDS[4]])
     with pytest.raises(IntegrityError, match="other bytes"):
-        retrain(store, make_record(), make_submission(2, 3, None), tmp_path / "base", tmp_path)
+        retrain(store, make_record(), make_submission(2, 3, None), tmp_path / "base", None, tmp_path)
     assert jobs == []
+
+
+@pytest.mark.parametrize(("stated", "asked"), [("nf4", "nf4"), ("bfloat16", "auto"), ("float32", "auto")])
+def test_a_base_that_was_held_in_four_bits_is_so_again(
+    tmp_path: Path, jobs: list[Job], stated: Precision, asked: str
+) -> None:
+    submission = make_submission(0, 1, None)
+    statement = submission.statement.model_copy(update={"precision": stated})
+    submission = submission.model_copy(update={"statement": statement})
+    retrain(stored(SHARDS), make_record(), submission, tmp_path / "base", None, tmp_path)
+    assert [job.precision for job in jobs] == [asked]

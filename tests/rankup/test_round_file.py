@@ -224,3 +224,8 @@ def test_options_go_over_the_file_and_nothing_is_sent_before_all_of_it_is_sound(
     recipe = {"rank": 4, "steps": 7, "aggregation": aggregation}
     wanted = RoundRequest.model_validate({"model": "tiny", "dataset": "docs", "shards": 3, "recipe": recipe})
     assert RoundRequest.model_validate(sent[0]) == wanted
+    taught = [*options, "--shards", "3", "--teacher", "sage", "--teacher-version", "4"]
+    assert isinstance(rankup("create", str(path), *taught, home=tmp_path).exception, UnreachableError)
+    distilled = wanted.recipe.model_copy(update={"method": "distillation"})
+    more = {"teacher": "sage", "teacher_version": 4, "recipe": distilled}
+    assert RoundRequest.model_validate(sent[1]) == wanted.model_copy(update=more)

@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request, Response
 
 from rankup import problems, signing
 from rankup.errors import DeniedError, NotFoundError, RankupError, StateError, UnauthenticatedError
+from rankup.parts import cut
 from rankup.protocol import (
     PROTOCOL_VERSION,
     BlobLink,
@@ -28,16 +29,22 @@ from rankup.protocol import (
     Heartbeat,
     HeartbeatAnswer,
     LeaseGrant,
+    LeasesAtWork,
     LeaseState,
     LeaseView,
+    LinkMeasured,
+    PartTicket,
     Problem,
     RestoreRequest,
     ReturnRequest,
+    Rounds,
+    RoundView,
     ServerInfo,
     Standing,
     SubmitRequest,
     UploadRequest,
     UploadTicket,
+    WorkerView,
 )
 from rankup.recipe import Recipe
 from rankup.targets import Target
@@ -66,6 +73,11 @@ class FakeGateway:
         self.states: dict[str, LeaseState] = {}
         self.returned: dict[str, str] = {}
         self.uploads: dict[str, bytes] = {}
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.part_puts: list[int] = []
+        """Numbers of the parts that arrived whole, in their order."""
+        self.on_part: Callable[[int], None] = lambda number: None
+        """Called when one has arrived, before that is answered."""
         self.submissions: dict[str, list[SubmitRequest]] = {}
         self.beats: list[tuple[str, Heartbeat]] = []
         self.announced = self.shard = SHARD
@@ -88,6 +100,9 @@ class FakeGateway:
         self.refuse_restore: list[RankupError] = []
         """The answers to the next vouchers, first one first."""
         self.refuse_enrol: RankupError | None = None
+        self.rounds: list[RoundView] = []
+        self.measured: list[tuple[str, int]] = []
+        """Direction and bytes of every measurement of the link."""
         self.url = ""
 
     def offer(self, *lease_ids: str) -> None:
@@ -217,7 +232,25 @@ class FakeGateway:
         url = f"{self.url}/storage/{lease_id}/{said.sha256}"
         headers = {"x-size": str(said.size_bytes)}
         there = said.sha256 in self.uploads
+        if said.parts and not there:
+            return self.ticket_in_parts(url, said)
         return UploadTicket(url=url, headers=headers, expires_at=time.time() + 60, already_there=there)
+
+    def ticket_in_parts(self, url: str, said: UploadRequest) -> UploadTicket:
+        held = {n: data for (delta, n), data in self.parts.items() if delta == said.sha256}
+        missing = [part.number for part in cut(said.size_bytes) if part.number not in held]
+        if not missing:
+            self.uploads[said.sha256] = b"".join(held[number] for number in sorted(held))
+        return UploadTicket(
+            url="",
+            headers={},
+            expires_at=time.time() + 60,
+            already_there=not missing,
+            parts=tuple(
+                PartTicket(number=n, url=f"{url}/parts/{n}", headers={"x-sha256": said.parts[n - 1]}) for n in missing
+            ),
+            there_bytes=sum(len(data) for data in held.values()),
+        )
 
     def submit(self, lease_id: str, said: SubmitRequest, key: str) -> LeaseView:
         self.require_fence(lease_id, said.statement.fence)
@@ -275,6 +308,31 @@ def make_app(fake: FakeGateway) -> FastAPI:
     def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.get("/v1/rounds")
+    def rounds() -> Rounds:
+        return Rounds(rounds=tuple(fake.rounds))
+
+    @app.get("/v1/rounds/{round_id}/leases")
+    def at_work(round_id: str) -> LeasesAtWork:
+        return LeasesAtWork(round_id=round_id, at=time.time(), total=0, leases=())
+
+    @app.put("/v1/link")
+    async def link_up(request: Request) -> LinkMeasured:
+        fake.measured.append(("up", len(await request.body())))
+        return LinkMeasured(size_bytes=fake.measured[-1][1], seconds=0.0)
+
+    @app.get("/v1/link")
+    def link_down(size: int) -> Response:
+        fake.measured.append(("down", size))
+        return Response(bytes(size))
+
+    @app.get("/v1/workers/me")
+    def who_am_i(request: Request) -> WorkerView:
+        key = fake.worker(request)
+        if fake.standing is Standing.BANNED:
+            raise DeniedError("the organiser has banned this machine", remedy="Ask the organiser.")
+        return WorkerView(worker_id=signing.worker_id_of(key), name="ada", standing=fake.standing)
+
     @app.post("/v1/workers", status_code=201)
     def enrol(said: EnrolRequest) -> Enrolled:
         return fake.enrol(said)
@@ -324,6 +382,16 @@ def make_app(fake: FakeGateway) -> FastAPI:
         if not exact or hashlib.sha256(data).hexdigest() != sha256 or "authorization" in request.headers:
             return Response("BadDigest", status_code=400)
         fake.uploads[sha256] = data
+        return Response()
+
+    @app.put("/storage/{lease_id}/{sha256}/parts/{number}")
+    async def put_part(lease_id: str, sha256: str, number: int, request: Request) -> Response:
+        data: Any = await request.body()
+        if hashlib.sha256(data).hexdigest() != request.headers.get("x-sha256") or "authorization" in request.headers:
+            return Response("BadDigest", status_code=400)
+        fake.parts[sha256, number] = data
+        fake.part_puts.append(number)
+        fake.on_part(number)
         return Response()
 
     return app

@@ -36,7 +36,8 @@ def main(mode: str, job_file: str) -> int:
     step = 0
     while step < job.steps or mode == "endless":
         step += 1
-        say(StepDone(step=step, steps=job.steps, loss=3.0 / step, tokens=8 * step, tokens_per_s=100.0))
+        measured = {"grad_norm": 0.5, "energy_j": 2.0 * step}
+        say(StepDone(step=step, steps=job.steps, loss=3.0 / step, tokens=8 * step, tokens_per_s=100.0, **measured))
         time.sleep(0.02)
     hand_over(job, step, liar=mode == "liar")
     return 0
@@ -61,6 +62,11 @@ def hand_over(job: Job, step: int, *, liar: bool = False) -> None:
             first_loss=3.0,
             last_loss=3.0 / step,
             seconds=0.1,
+            device="cuda",
+            precision="nf4",
+            tokens_per_s=90.0,
+            grad_norm=0.5,
+            energy_j=2.0 * step,
         )
     )
 

@@ -119,7 +119,10 @@ def test_a_lease_goes_from_claim_to_verdict(gateway: FakeGateway, machine: Machi
     assert [event.step for event in machine.of(Step)] == [1, 2, 3, 4, 5] * 2
     assert [event.lease_id for event in machine.of(Verdict)] == ["l1", "l2"]
     assert [event.done == event.total for event in machine.of(Uploading)][-1]
-    assert gateway.submissions["l1"][0].statement.sha256 in gateway.uploads
+    statement = gateway.submissions["l1"][0].statement
+    assert statement.sha256 in gateway.uploads
+    assert (statement.device, statement.precision, statement.tokens_per_s) == ("cuda", "nf4", 90.0)
+    assert (statement.grad_norm, statement.energy_j) == (0.5, 2.0 * statement.steps)
     assert left_over(machine.home, "outbox/*.delta") == []
     assert left_over(machine.home, "jobs/*") == []
 
@@ -242,7 +245,7 @@ def test_heartbeats_tell_step_and_loss(gateway: FakeGateway, machine: Machine) -
     machine.work("endless")
     last = gateway.beats[-1][1]
     assert last.step > 0
-    assert last.tokens_per_s == 100.0
+    assert (last.tokens_per_s, last.grad_norm, last.energy_j) == (100.0, 0.5, 2.0 * last.step)
     assert last.loss is not None
 
 

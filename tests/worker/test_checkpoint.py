@@ -14,7 +14,7 @@ from tiny_model import save_tiny_llama, write_rows
 
 from rankup.recipe import Recipe
 from rankup.targets import Target, select_targets
-from worker import checkpoint, lesson, trainer
+from worker import checkpoint, trainer
 from worker.checkpoint import CheckpointError, Keeper, checkpoint_progress, read_checkpoint
 from worker.job import Finished, Job, Line, Ready, StepDone, parse_share, share_order
 
@@ -185,6 +185,35 @@ def test_there_is_no_checkpoint_without_a_step_and_none_in_the_middle_of_an_upda
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_the_scale_of_a_loss_in_float16_goes_on_where_it_was(tmp_path: Path) -> None:
+    import torch
+
+    def parts(scale: float) -> tuple[Any, Any, Any]:
+        model = torch.nn.Linear(2, 2)
+        optimizer: Any = torch.optim.AdamW(model.parameters())
+        # As accelerate's optimiser has it.
+        optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    progress = trainer.Progress(lambda line: None, steps=3)
+    keeper = Keeper(torch, tmp_path / "checkpoint", "ab" * 32, progress, every_s=1e9, precision="float16")
+    keeper.attach(*parts(8.0))
+    keeper.before_update()
+    progress.step_done(1.0, 0.5)
+    keeper.after_update()
+    assert keeper.save() == 1
+    found = read_checkpoint(torch, tmp_path / "checkpoint", "ab" * 32)
+    assert found is not None
+    assert found.meta.precision == "float16"
+    model, optimizer, schedule = parts(65536.0)
+    found.restore(torch, model, optimizer, schedule)
+    assert optimizer.scaler.get_scale() == 8.0
+    optimizer.scaler.scale(model(torch.ones(2)).sum()).backward()
+    optimizer.scaler.step(optimizer)
+    optimizer.scaler.update()
+    assert optimizer.scaler.get_scale() == 8.0
+
+
 def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,13 +240,6 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     progress.step_done(1.0)
     keeper.after_update()
     assert checkpoint_progress(tmp_path / "checkpoint")[0] == 2
-
-
-@pytest.mark.parametrize(
-    ("batch", "wanted", "size"), [(4, None, 4), (4, 9, 4), (4, 3, 2), (6, 5, 3), (5, 4, 1), (1, 1, 1)]
-)
-def test_pieces_of_a_batch_divide_it(batch: int, wanted: int | None, size: int) -> None:
-    assert lesson.micro_batch_of(batch, wanted) == size
 
 
 @pytest.mark.parametrize(

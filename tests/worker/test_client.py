@@ -276,7 +276,7 @@ def test_an_upload_is_streamed_with_its_length_and_the_tickets_headers(
 ) -> None:
     path = tmp_path / "delta"
     path.write_bytes(BLOB)
-    assert upload(client, path) == [n * 256 * 1024 for n in range(1, 5)] + [len(BLOB)]
+    assert upload(client, path) == [n * 64 * 1024 for n in range(1, 20)] + [len(BLOB)]
     method, _, headers, body = world.seen[-1]
     assert (method, body) == ("PUT", BLOB)
     named = {name.lower(): value for name, value in headers.items()}
@@ -314,6 +314,8 @@ def test_an_object_store_that_goes_on_refusing_is_not_asked_for_ever(
         ("capped at 20 s", UnreachableError("x"), 40, 0.0, 1.0, 20.0),
         # a busy server's own time is added to the jitter: 30 + 1
         ("busy", BusyError("x", retry_after_s=30.0), 1, 0.0, 1.0, 31.0),
+        # a tenth of the outage, 6 s, is below the cap
+        ("not slower yet", UnreachableError("x"), 40, 60.0, 1.0, 20.0),
         ("never past patience", UnreachableError("x"), 40, 85.0, 1.0, 5.0),
         ("patience is over", UnreachableError("x"), 2, 90.0, 0.5, None),
     ],
@@ -323,6 +325,12 @@ def test_pauses_follow_full_jitter(
 ) -> None:
     policy = RetryPolicy(patience_s=90.0, base_s=1.0, cap_s=20.0)
     assert policy.pause_s(error, failures, waited_s, lambda: draw) == pause_s, name
+
+
+@pytest.mark.parametrize(("waited_s", "pause_s"), [(200.0, 20.0), (600.0, 60.0), (1200.0, 120.0), (36_000.0, 120.0)])
+def test_after_a_long_outage_the_server_is_asked_more_rarely(waited_s: float, pause_s: float) -> None:
+    policy = RetryPolicy(patience_s=86_400.0)
+    assert policy.pause_s(UnreachableError("x"), 1000, waited_s, lambda: 1.0) == pause_s
 
 
 def test_a_full_disk_is_told_as_such() -> None:

@@ -53,9 +53,9 @@ class Agent:
     def __init__(self) -> None:
         self.asked: list[Request] = []
 
-    def answer(self, request: Request) -> Status:
+    def answer(self, request: Request) -> Reply:
         self.asked.append(request)
-        return STATUS
+        return Reply(status=STATUS)
 
 
 @pytest.fixture
@@ -193,6 +193,25 @@ def test_the_status_tells_everything_in_a_few_lines() -> None:
         "limits": "week=sun off, exclusive_app=cs2",
         "note": "no battery",
     }
+
+
+@pytest.mark.parametrize(("options", "shown"), [([], "shard 4 of r1"), (["--json"], '"lease_id":"l1"')])
+def test_a_watched_status_is_shown_again_and_again(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, options: list[str], shown: str
+) -> None:
+    def sleep(seconds: float) -> None:
+        if len(agent.asked) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", sleep)
+    done = CliRunner().invoke(app, ["status", "--watch", *options])
+    assert shown in done.output
+    assert len(agent.asked) == 3
+
+
+def test_an_order_about_limits_carries_its_changes(agent: Agent, home: Path) -> None:
+    ask(find_socket(home), Request(order="limits", changes=("nice=19",)))
+    assert agent.asked == [Request(order="limits", changes=("nice=19",))]
 
 
 def test_limits_are_shown_and_set_without_a_running_worker(home: Path) -> None:

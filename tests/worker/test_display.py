@@ -14,6 +14,7 @@ from rankup.protocol import NoWorkCode
 from worker.display import LiveDisplay, PlainDisplay, describe, event_fields, open_display, write_json
 from worker.events import (
     Abandoned,
+    Answering,
     Claimed,
     Downloading,
     Dropped,
@@ -39,6 +40,7 @@ EVENTS: dict[str, tuple[WorkerEvent, str]] = {
     "no-work": (NoWork("", 5.0), "No work now: no open round; asking again in 5 s"),
     "downloading": (Downloading("base", 1024**2, 5 * 1024**3), "Downloading the base version: 1.0 MiB of 5.0 GiB"),
     "starting": (Starting("l1"), "Loading the model"),
+    "answering": (Answering(12, 100), "The teacher answers 12 of 100 prompts"),
     "step": (Step(3, 25, 2.34567, 81.4), "Step 3 of 25: loss 2.346, 81 tokens/s"),
     "paused": (Paused("cs2 is running", "l1"), "Paused: cs2 is running"),
     "resumed": (Resumed("l1"), "Going on"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,15 +21,29 @@ from fake_gateway import BASE_MANIFEST, INVITE, FakeGateway, serve
 from test_agent import left_over, pull_nothing
 from tiny_model import save_tiny_llama
 
-from rankup.errors import NotFoundError
+from rankup.errors import NotFoundError, StateError
 from rankup.protocol import LeaseState
 from rankup.settings import WorkerSettings
 from rankup.targets import select_targets
 from worker import agent, control, leasework, limits
-from worker.control import Request, ask, find_socket, socket_path
-from worker.events import Abandoned, Claimed, Kept, Paused, Resumed, Retrying, Step, Submitted, Summary, WorkerEvent
+from worker.control import Reply, Request, ask, find_socket, socket_path
+from worker.events import (
+    Abandoned,
+    Claimed,
+    Kept,
+    PageOpened,
+    Paused,
+    Resumed,
+    Retrying,
+    Step,
+    Submitted,
+    Summary,
+    WorkerEvent,
+)
+from worker.job import Job
 from worker.limits import Limits, Readings
 from worker.limitsfile import change_limits
+from worker.pagekey import Door, open_key
 from worker.status import Doing, Status
 
 PAUSABLE = Path(__file__).with_name("pausable_trainer.py")
@@ -46,6 +61,8 @@ class Guest:
     stop: threading.Event = field(default_factory=threading.Event)
     summary: Summary | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    patience_s: float = 60.0
+    """Of the test."""
     _thread: threading.Thread | None = None
 
     def sense(self, limits: Limits, *, gpu: bool, transferred_bytes: int) -> Readings:
@@ -85,13 +102,13 @@ class Guest:
         if stop:
             self.stop.set()
         assert self._thread is not None
-        self._thread.join(60)
+        self._thread.join(self.patience_s)
         assert not self._thread.is_alive()
         assert self.summary is not None
         return self.summary
 
     def wait_for(self, kind: type, number: int = 1, **fields: Any) -> Any:
-        until = time.monotonic() + 60
+        until = time.monotonic() + self.patience_s
         while time.monotonic() < until:
             found = [e for e in self.of(kind) if all(getattr(e, name) == value for name, value in fields.items())]
             if len(found) >= number:
@@ -162,7 +179,11 @@ def test_no_lease_is_claimed_while_nothing_may_be_trained(gateway: FakeGateway, 
     time.sleep(0.3)
     assert guest.of(Claimed) == []
     assert guest.ask("status").reason.startswith("the machine runs on its battery")
-    change_limits_of(guest, "run_on_batteries=true")
+    with pytest.raises(StateError, match="nice"):
+        ask(find_socket(guest.home), Request(order="limits", changes=("run_on_batteries=true", "nice=99")))
+    assert guest.ask("status").limits == Limits()
+    status = ask(find_socket(guest.home), Request(order="limits", changes=("run_on_batteries=true",)))
+    assert status.limits == Limits(run_on_batteries=True)
     assert guest.end().accepted == 1
 
 
@@ -200,6 +221,53 @@ def test_the_owner_pauses_resumes_and_lets_it_finish(gateway: FakeGateway, guest
     assert guest.end().submitted == 1
     assert gateway.waiting == ["l2"]
     assert guest.of(Submitted)[0].lease_id == "l1"
+
+
+def test_a_pause_holds_after_a_restart_until_it_is_ended_on_the_page(gateway: FakeGateway, guest: Guest) -> None:
+    gateway.offer("l1")
+    guest.start(leases=None, keep_lease=lambda: True)
+    guest.wait_for(Step, step=2)
+    guest.ask("pause", seconds=3600.0)
+    guest.wait_for(Paused)
+    guest.end(stop=True)
+    guest.stop.clear()
+    again = Guest(guest.home, guest.url, stop=guest.stop).start()
+    reason = again.wait_for(Paused).reason
+    assert "you paused it until" in reason
+    status = again.ask("status")
+    assert (status.doing, status.paused_by_you, status.reason) == (Doing.PAUSED, True, reason)
+    assert status.pause_ends_at is not None
+    assert status.lease is not None
+    assert status.lease.step >= 2
+    port = int(again.of(PageOpened)[0].address.rpartition(":")[2].strip("/"))
+    door = Door(open_key(guest.home), port)
+    order = urllib.request.Request(
+        f"http://127.0.0.1:{port}/order",
+        data=b'{"order": "resume"}',
+        headers={
+            "Origin": f"http://127.0.0.1:{port}",
+            "Content-Type": "application/json",
+            "Cookie": f"{door.cookie_name}={door.cookie}",
+        },
+    )
+    with urllib.request.urlopen(order, timeout=10) as answer:  # noqa: S310 - the address of the page
+        assert not Reply.model_validate_json(answer.read()).status.paused_by_you  # type: ignore[union-attr]
+    assert again.end().accepted == 1
+    assert min(event.step for event in again.of(Step)) > 2
+
+
+def test_what_the_trainer_and_the_disk_may_take_is_as_the_limits_say(gateway: FakeGateway, guest: Guest) -> None:
+    change_limits_of(guest, "threads=3", "nice=17", "gpu_usage_limit=42", "disk_max_used_gb=0.001")
+    old = guest.home / "cache" / "old"
+    old.mkdir(parents=True)
+    (old / "model.safetensors").write_bytes(bytes(2_000_000))
+    gateway.offer("l1")
+    guest.start()
+    guest.wait_for(Step)
+    job = Job.model_validate_json(next(guest.home.glob("servers/*/jobs/l1/job.json")).read_text())
+    assert (job.threads, job.nice, job.share_percent) == (3, 17, 42)
+    assert not old.exists()
+    assert guest.end().accepted == 1
 
 
 def test_a_stop_in_the_middle_gives_the_lease_back_at_once(gateway: FakeGateway, guest: Guest) -> None:
@@ -317,6 +385,7 @@ def test_the_socket_is_its_owners_and_that_of_a_dead_agent_is_replaced(gateway: 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_real_training_is_paused_in_seconds_and_ends_with_the_same_bits(
     gateway: FakeGateway, guest: Guest, tmp_path: Path
 ) -> None:
@@ -324,7 +393,7 @@ def test_a_real_training_is_paused_in_seconds_and_ends_with_the_same_bits(
     import psutil
 
     from worker import trainer
-    from worker.job import Finished, Job, StepDone
+    from worker.job import Finished, StepDone
 
     base = tmp_path / "base"
     gateway.targets = select_targets(save_tiny_llama(base), gateway.recipe)
@@ -339,11 +408,13 @@ def test_a_real_training_is_paused_in_seconds_and_ends_with_the_same_bits(
         return BASE_MANIFEST
 
     gateway.offer("l1")
+    guest.patience_s = 300.0
     guest.start(pull=link_base, trainer_command=agent.TRAINER_COMMAND, name=None)
     guest.wait_for(Step, step=3)
     # Other tests of the same process may have left servers running.
     children = [child for child in psutil.Process().children(recursive=True) if "worker.trainer" in child.cmdline()]
     assert any(child.memory_info().rss > 100e6 for child in children)
+    assert all(child.nice() == min(19, psutil.Process().nice() + Limits().nice) for child in children)
     began = time.monotonic()
     guest.ask("pause")
     psutil.wait_procs(children, timeout=5)

@@ -1,21 +1,19 @@
-"""What the worker knows about its machine: device, doctor, identity, cache of base versions."""
+"""What the worker knows about its machine: device, identity, cache of base versions."""
 
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from fake_gateway import FakeGateway, serve
 
 from rankup.errors import IntegrityError, SetupError
 from rankup.protocol import Enrolled
-from rankup.settings import WorkerSettings
-from worker import cache, device, doctor, identity
+from worker import cache, device, identity
+from worker.cards import TorchBuild
 
 SMI = """#!/bin/sh
 case "$1" in *memory.free*) echo 11000; echo 8000; exit;; esac
@@ -53,6 +51,7 @@ def test_the_asked_device_is_profiled(
     smi.write_text(SMI)
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(device, "torch_build", lambda: TorchBuild("2.13.0+cu130", (13, 0)))
     found = device.profile(asked, threads=3)
     assert (found.kind, found.threads) == (kind, 3)
     assert found.memory_bytes > 0
@@ -69,10 +68,23 @@ def test_free_memory_is_that_of_the_card_that_trains(
     smi.write_text(SMI)
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(device, "torch_build", lambda: TorchBuild("2.13.0+cu130", (13, 0)))
     assert device.free_memory(asked) == (None if free is None else free * 1024**2)
     processor = device.free_memory("cpu")
     assert processor is not None
     assert 0 < processor <= device.total_memory()
+
+
+def test_a_torch_without_cuda_means_the_processor_unless_the_card_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(SMI)
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(device, "torch_build", lambda: TorchBuild("2.13.0+cpu"))
+    assert [device.profile(asked).kind for asked in ("auto", "cuda")] == ["cpu", "cuda"]
+    assert device.free_memory("auto") != device.free_memory("cuda")
 
 
 @pytest.mark.parametrize("text", ["", "[N/A]\n9\n", "Unable to determine the device handle\n"])
@@ -88,32 +100,6 @@ def test_nothing_heavy_is_imported_outside_the_child(module: str) -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert answer.stderr.strip() == ""
-
-
-def test_the_doctor_says_what_to_do_about_every_finding_that_is_not_ok(tmp_path: Path) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    findings = doctor.examine(WorkerSettings(home=tmp_path / "not yet there", device="xpu", timeout_s=2.0), url)
-    by_name = {finding.name: finding for finding in findings}
-    assert list(by_name) == ["libraries", "disk", "memory", "device", "server"]
-    assert not by_name["server"].ok
-    assert all(finding.remedy for finding in findings if not finding.ok)
-
-
-def test_the_doctor_finds_a_server_and_its_clock(tmp_path: Path) -> None:
-    with serve(FakeGateway()) as fake:
-        findings = doctor.examine(WorkerSettings(home=tmp_path), fake.url)
-    assert [(finding.name, finding.ok) for finding in findings[-2:]] == [("server", True), ("clock", True)]
-
-
-@pytest.mark.parametrize(("offset_s", "ok"), [(None, True), (-299.0, True), (301.0, False), (-4000.0, False)])
-def test_clock_findings(offset_s: float | None, ok: bool) -> None:
-    assert doctor.clock_finding(offset_s).ok is ok
-
-
-def test_missing_libraries_are_named() -> None:
-    assert doctor.missing_libraries(lambda name: None if name in ("trl", "peft") else object()) == ["peft", "trl"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +153,7 @@ def test_the_least_recently_used_version_goes_first_and_the_one_in_use_stays(
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(100))
         os.utime(folder, (1000.0 - age, 1000.0 - age))
-    cache.make_room(tmp_path, limit_bytes, keep=tmp_path / "c")
+    cache.make_room(tmp_path, limit_bytes, keep=[tmp_path / "c"])
     assert {path.name for path in tmp_path.iterdir()} == kept
     cache.mark_used(tmp_path / "c")
     assert (tmp_path / "c").stat().st_mtime > 1000.0

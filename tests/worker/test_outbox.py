@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rankup.errors import StateError
+from rankup.errors import DiskFullError, StateError
 from rankup.protocol import SubmitStatement
 from worker.outbox import Outbox, OutboxState
 
@@ -115,6 +117,44 @@ def test_a_kill_loses_nothing_that_was_put_and_leaves_no_stray_file(tmp_path: Pa
     with Outbox(tmp_path / "outbox") as outbox:
         assert [(item.lease_id, item.path.read_bytes()) for item in outbox.items()] == [("kept", b"abc")]
     assert sorted(path.name for path in (tmp_path / "outbox").glob("*.delta")) == ["kept.delta"]
+
+
+class FullOnce:
+    """A database on a full disk, until room is made."""
+
+    def __init__(self, real: sqlite3.Connection, has_room: Callable[[], bool]) -> None:
+        self._real = real
+        self._has_room = has_room
+
+    def execute(self, sql: str, *rest: object) -> sqlite3.Cursor:
+        if sql.startswith("INSERT") and not self._has_room():
+            full = sqlite3.OperationalError("database or disk is full")
+            full.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise full
+        return self._real.execute(sql, *rest)
+
+    def close(self) -> None:
+        self._real.close()
+
+
+def test_a_disk_that_is_full_when_the_work_is_finished_does_not_cost_it(tmp_path: Path) -> None:
+    reserve = tmp_path / "outbox" / "reserve"
+    with Outbox(tmp_path / "outbox") as outbox:
+        outbox._db = FullOnce(outbox._db, lambda: not reserve.exists())  # type: ignore[assignment]
+        outbox.put(finished(tmp_path), statement("l1"))
+        assert reserve.exists(), "room is kept for the next one"
+    with Outbox(tmp_path / "outbox") as outbox:
+        assert [item.path.read_bytes() for item in outbox.items(OutboxState.READY)] == [b"abc"]
+
+
+def test_where_there_is_no_room_at_all_the_delta_stays_where_it_was(tmp_path: Path) -> None:
+    with Outbox(tmp_path / "outbox") as outbox:
+        outbox._db = FullOnce(outbox._db, lambda: False)  # type: ignore[assignment]
+        source = finished(tmp_path)
+        with pytest.raises(DiskFullError):
+            outbox.put(source, statement("l1"))
+        assert source.read_bytes() == b"abc"
+        assert list((tmp_path / "outbox").glob("*.delta")) == []
 
 
 FULL_CHILD = """

@@ -77,7 +77,7 @@ def test_only_what_the_limits_ask_for_is_read(monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("not asked for")
 
     monkeypatch.setattr(readings, "_programs", never)
-    monkeypatch.setattr(readings, "_on_battery", never)
+    monkeypatch.setattr(readings, "on_battery", never)
     relaxed = Limits(run_on_batteries=True, run_gpu_if_user_active=True, gpu_temp_limit_c=80)
     found = Machine(tool=never)(relaxed, gpu=False, transferred_bytes=0)  # type: ignore[arg-type]
     assert found.unread == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ CASES = {
     "a segmentation fault after one": (-signal.SIGSEGV, 2, 4, True, Again(4, 2.0)),
     "the first failure of the device": (TrainerExit.DEVICE_FAILED, 1, 4, False, Again(4, 10.0)),
     "too many starts": (TrainerExit.OUT_OF_MEMORY, MAX_TRIES, 64, True, None),
+    "a base that does not fit": (TrainerExit.DOES_NOT_FIT, 1, 4, True, None),
     "a bad job": (TrainerExit.BAD_JOB, 1, 4, True, None),
     "a loss that is not finite": (TrainerExit.NOT_FINITE, 1, 4, True, None),
     "ended by a person": (-signal.SIGTERM, 1, 4, True, None),
@@ -31,6 +33,21 @@ def test_a_failure_is_answered_as_it_deserves(name: str) -> None:
         int(code), tries=tries, micro_batch=micro_batch, new_checkpoint=new_checkpoint, device_failures=1
     )
     assert found == answer
+
+
+MEMORY: dict[str, tuple[dict[str, Any], Again | None]] = {
+    "activations were kept": ({"micro_batch": 1, "checkpointing": False}, Again(1, 0.0)),
+    "smaller pieces come before 4 bits": ({"micro_batch": 3, "four_bit": True}, Again(1, 0.0)),
+    "4 bits at last": ({"micro_batch": 1, "four_bit": True}, Again(1, 0.0, four_bit=True)),
+    "nothing is left": ({"micro_batch": 1}, None),
+}
+
+
+@pytest.mark.parametrize("case", MEMORY)
+def test_less_and_less_memory_is_used(case: str) -> None:
+    held, answer = MEMORY[case]
+    code = int(TrainerExit.OUT_OF_MEMORY)
+    assert after_failure(code, tries=1, new_checkpoint=False, device_failures=0, **held) == answer
 
 
 def test_a_device_that_fails_again_without_progress_is_given_up() -> None:

@@ -193,15 +193,12 @@ def test_a_base_in_bfloat16_is_trained_with_float32_factors_and_checkpointing(
 ) -> None:
     import torch
     import trl
-    from transformers import AutoModelForCausalLM
 
     model, fields, _ = CASES[case]
     recipe = Recipe.model_validate(RECIPE.model_dump() | fields)
     base = save_model(model, tmp_path / "base")
-    job = job_of(tmp_path, base, recipe, targets_of(base, recipe))
+    job = job_of(tmp_path, base, recipe, targets_of(base, recipe)).model_copy(update={"precision": "bfloat16"})
     config = trl.SFTConfig
-    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    monkeypatch.setattr(trainer, "load_base", lambda *arguments: half)
     monkeypatch.setattr(trl, "SFTConfig", lambda **fields: config(**fields | {"gradient_checkpointing": True}))
     trained = train(job, monkeypatch).base
     assert {parameter.dtype for parameter in trained.parameters() if parameter.requires_grad} == {torch.float32}

@@ -19,7 +19,7 @@ from tiny_model import save_tiny_llama, write_rows
 from rankup.delta import DeltaHeader, DeltaReader, check_structure
 from rankup.errors import InputError, SetupError
 from rankup.fixedpoint import dequantise
-from rankup.recipe import Recipe
+from rankup.recipe import Method, Recipe
 from rankup.targets import Target, select_targets
 from worker import surgery, trainer
 from worker.exits import exit_code, failed
@@ -151,7 +151,6 @@ ROWS = {
     "text": {"text": "abc"},
     "prompt and completion": {"prompt": "abc", "completion": "def"},
     "messages": {"messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "def"}]},
-    "conversations": {"conversations": [{"from": "human", "value": "abc"}, {"from": "gpt", "value": "def"}]},
 }
 EXPECTED_TOKENS = {
     # "abc</s>": 3 of 4 tokens are predicted, for each of 2 examples
@@ -160,8 +159,6 @@ EXPECTED_TOKENS = {
     "prompt and completion": 2 * 4,
     # "<user>abc</s><assistant>def</s>": 6+3+1 + 11+3+1 = 25 tokens, the first one is not predicted
     "messages": 2 * 24,
-    # TRL renames the keys and keeps the roles: "<human>abc</s><gpt>def</s>", 7+3+1 + 5+3+1 = 20 tokens
-    "conversations": 2 * 19,
 }
 
 
@@ -234,6 +231,30 @@ def test_a_shard_that_cannot_be_used_is_told_by_line(tmp_path: Path, text: str, 
     path.write_text(text)
     with pytest.raises(InputError, match=words):
         read_rows([path])
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "words"),
+    [
+        ("sft", {"prompt": "p", "chosen": "a", "rejected": "b"}, "the method sft cannot use"),
+        ("dpo", {"prompt": "p", "completion": "c", "label": True}, "the method dpo cannot use"),
+        ("kto", {"text": "t"}, "the method kto cannot use"),
+        ("distillation", {"text": "t"}, "the method distillation cannot use"),
+    ],
+)
+def test_a_shard_of_another_methods_rows_is_refused(
+    tmp_path: Path, method: Method, row: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        read_rows([write_rows(tmp_path / "shard.jsonl", [row])], method)
+
+
+def test_preferences_are_read_whole(tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    labelled = {"prompt": "p", "completion": "c", "label": False}
+    assert read_rows([write_rows(tmp_path / "pairs", [pair | {"id": 1}])], "dpo") == [pair]
+    assert read_rows([write_rows(tmp_path / "pairs", [pair])], "kto") == [pair]
+    assert read_rows([write_rows(tmp_path / "labelled", [labelled])], "kto") == [labelled]
 
 
 def test_several_shards_give_the_rows_of_one_file_and_faults_are_told_by_shard(tmp_path: Path) -> None:
