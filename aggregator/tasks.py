@@ -25,7 +25,6 @@ import numpy as np
 import ray
 import structlog
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from aggregator import kernels
 from aggregator.audit import agreement, judge
@@ -52,11 +51,11 @@ from rankup.records import (
 )
 from rankup.settings import StoreSettings
 from rankup.store import Store, open_store
+from rankup.stored import read_record
 from rankup.versions import dataset_key, fold_key, heldout_key, manifest_digest, round_key
 
 log = structlog.get_logger(__name__)
 
-MAX_RECORD_BYTES = 256 * 1024**2
 """Cards and round records name every shard."""
 MAX_HELDOUT_BYTES = 256 * 1024**2
 EVALUATION_THREADS = 4
@@ -253,7 +252,7 @@ def _base(store: Store, parent: Manifest, folder: Path) -> Iterator[Path]:
 
 def _drawn_rows(store: Store, record: RoundRecord, purpose: Purpose) -> list[dict[str, Any]]:
     """The held-out rows in an order that nobody knows before the round has its name: each round looks at other ones."""
-    rows = _read_heldout(store, _read_card(store, record.request.dataset))
+    rows = _read_heldout(store, read_record(store, dataset_key(record.request.dataset), DatasetCard))
     seed = f"{record.round_id}|{purpose}|"
     return [rows[n] for n in sorted(range(len(rows)), key=lambda n: hashlib.sha256(f"{seed}{n}".encode()).digest())]
 
@@ -298,7 +297,7 @@ def _evaluate(
 
     store = store_from_wire(store_wire)
     dataset, recipe = record.request.dataset, record.request.recipe
-    card = _read_card(store, dataset)
+    card = read_record(store, dataset_key(dataset), DatasetCard)
     rows = _read_heldout(store, card)[:max_examples]
     blobs = folder / "blobs"
 
@@ -327,13 +326,6 @@ def _threads() -> int:
     return min(EVALUATION_THREADS, os.cpu_count() or 1)
 
 
-def _read_card(store: Store, dataset: str) -> DatasetCard:
-    try:
-        return DatasetCard.model_validate_json(store.get(dataset_key(dataset), max_bytes=MAX_RECORD_BYTES))
-    except ValidationError as exc:
-        raise IntegrityError(f"the card of dataset {dataset} cannot be read") from exc
-
-
 def _read_heldout(store: Store, card: DatasetCard) -> list[dict[str, Any]]:
     """The held-out rows, hash-checked."""
     data = store.get(heldout_key(card.dataset, card.heldout.sha256), max_bytes=MAX_HELDOUT_BYTES)
@@ -360,8 +352,8 @@ def _loss_known(
 def stored_round(store: Store, round_id: str) -> RoundRecord | None:
     """The record of a round; None where there is none that can be read."""
     try:
-        return RoundRecord.model_validate_json(store.get(round_key(round_id), max_bytes=MAX_RECORD_BYTES))
-    except (NotFoundError, ValidationError):
+        return read_record(store, round_key(round_id), RoundRecord)
+    except (NotFoundError, IntegrityError):
         return None
 
 

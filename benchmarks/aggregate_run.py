@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any, Final
 
 FOLDER: Final = Path(__file__).resolve().parent
+if str(FOLDER) in sys.path:  # worker.py beside this file has the name of a package, which must come first.
+    sys.path.remove(str(FOLDER))
+    sys.path.append(str(FOLDER))
 _LIBRARIES: Final = ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "RAYON")
 THREADS: Final = {f"{library}_NUM_THREADS": "1" for library in _LIBRARIES}
 RSS_UNIT: Final = 1 if sys.platform == "darwin" else 1024

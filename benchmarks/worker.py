@@ -5,7 +5,7 @@ faster; what is around the training takes less than a twentieth of a lease; a pa
 Each goal is reported as met or missed, with the reason.
 
     python benchmarks/worker.py                      # all of it, on SmolLM2-135M (about 15 minutes)
-    python benchmarks/worker.py --only speed         # one part: speed, around or pauses
+    python benchmarks/worker.py --only speed         # one part: speed, around, leases or pauses
     python benchmarks/worker.py --quick              # a tiny model, everything once; writes no page
     python benchmarks/worker.py --json numbers.json  # the tables as JSON
 
@@ -18,17 +18,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-sys.path.append(sys.path.pop(0))  # This file has the name of a package, which comes first.
-
 from results import Part, Say, keep, measure, show
 from worker_around import around, pauses
+from worker_lease import leases
 from worker_part import Scale
 from worker_speed import speed
 
@@ -38,7 +36,12 @@ HEAD: Final = (
     "Written by `benchmarks/worker.py` (`make bench-worker`): the volunteer's trainer beside the same training written",
     "with TRL, and as a bare PyTorch loop; and what is around it. Nothing here is typed in by hand.",
 )
-PARTS: Final[Mapping[str, Callable[[Scale, Say], Part]]] = {"speed": speed, "around": around, "pauses": pauses}
+PARTS: Final[Mapping[str, Callable[[Scale, Say], Part]]] = {
+    "speed": speed,
+    "around": around,
+    "leases": leases,
+    "pauses": pauses,
+}
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ import psutil
 from results import Part, Say
 from worker_part import LEASE_S, Scale, environment, job_of
 
+from rankup.recipe import Precision
+from worker.device import free_memory
 from worker.job import PAUSE, Finished, Job, Line, Ready, StepDone, parse_line
 from worker.training import check_result
 
@@ -136,37 +138,50 @@ def pauses(scale: Scale, say: Say) -> Part:
     part = Part("A pause, and going on")
     table = part.table(
         f"{scale.model}, seconds; the pause is asked for in the middle of a step",
-        *("pause", "until the process is gone", "memory it gave back, MB", "from the start to the next step"),
+        *(
+            "pause",
+            "until the process is gone",
+            "gave back, MB",
+            "of the card, MB",
+            "from start to next step",
+        ),
     )
     gone: list[float] = []
+    precisions: tuple[Precision, ...] = ("bfloat16", "nf4") if scale.device == "cuda" else ("float32",)
     long = replace(scale, steps=4 + 4 * scale.pauses)
-    job = job_of(long, scale.scratch / "pauses", checkpoint_every_s=3600)
-    for number in range(scale.pauses + 1):
-        say(f"pause {number + 1} of {scale.pauses}")
-        with child_of(job) as child:
-            first, _ = child.at(StepDone)
-            if number:
-                table.rows[-1][-1] = f"{first:.2f}"
-            if number == scale.pauses:
-                break
-            second, _ = child.at(StepDone, 2)
-            time.sleep((second - first) / 2)
-            memory = psutil.Process(child.process.pid).memory_info().rss
-            asked = time.perf_counter()
-            child.say(PAUSE)
-            child.process.wait()
-            gone.append(time.perf_counter() - asked)
-        table.row(str(number + 1), f"{gone[-1]:.2f}", f"{memory / 1e6:.0f}", "")
+    for precision in precisions:
+        job = job_of(long, scale.scratch / f"pauses-{precision}", checkpoint_every_s=3600, precision=precision)
+        for number in range(scale.pauses + 1):
+            say(f"{precision}, pause {number + 1} of {scale.pauses}")
+            with child_of(job) as child:
+                first, _ = child.at(StepDone)
+                if number:
+                    table.rows[-1][-1] = f"{first:.2f}"
+                if number == scale.pauses:
+                    break
+                second, _ = child.at(StepDone, 2)
+                time.sleep((second - first) / 2)
+                memory, card = psutil.Process(child.process.pid).memory_info().rss, free_memory(scale.device)
+                asked = time.perf_counter()
+                child.say(PAUSE)
+                child.process.wait()
+                gone.append(time.perf_counter() - asked)
+                back = (free_memory(scale.device) or 0) - (card or 0)
+            of_card = f"{back / 1e6:.0f}" if scale.device == "cuda" else ""
+            table.row(f"{precision}, {number + 1}", f"{gone[-1]:.2f}", f"{memory / 1e6:.0f}", of_card)
+        assert job.checkpoint_file is not None
+        part.notes.append(
+            f"{precision}: the checkpoint has {job.checkpoint_file.stat().st_size / 1e6:.0f} MB: what is trained, and "
+            "its AdamW state. Going on starts a process, loads the base, and trains the interrupted step again."
+        )
     part.goal(
         f"gone within {PAUSE_GOAL_S:.0f} s",
         f"{max(gone):.2f} s at the longest of {len(gone)}",
         met=max(gone) <= PAUSE_GOAL_S,
         why="writing the checkpoint took too long",
     )
-    part.notes.append(
-        f"The checkpoint has {job.checkpoint_file.stat().st_size / 1e6:.0f} MB: what is trained, and its AdamW state. "
-        "Going on starts a process, loads the base, and trains the step that was interrupted again from its beginning."
-        if job.checkpoint_file
-        else ""
-    )
+    if scale.device != "cuda":
+        part.notes.append(
+            "Not measured: the memory of a card, by precision, and the time until it is free; none is here."
+        )
     return part

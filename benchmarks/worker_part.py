@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from aggregate_run import FOLDER, QUIET
 from rounds import shards
 
 from aggregator.bases import fetch_base
 from aggregator.skeleton import Skeleton
-from rankup.recipe import Recipe
+from rankup.protocol import DeviceKind
+from rankup.recipe import Precision, Recipe
 from rankup.targets import select_targets, target_of
+from worker.device import profile
 from worker.job import Job
 
 LEASE_S: Final = 1200.0
@@ -31,6 +33,8 @@ class Scale:
     repeat: int = 3
     """Of every way, in turn."""
     threads: int = len(os.sched_getaffinity(0))
+    device: DeviceKind = profile().kind
+    """A card where torch can compute on one."""
     pauses: int = 3
     rows: int = 256
 
@@ -56,7 +60,9 @@ def shard_of(scale: Scale) -> Path:
     return path
 
 
-def job_of(scale: Scale, folder: Path, *, checkpoint_every_s: float = 60.0) -> Job:
+def job_of(
+    scale: Scale, folder: Path, *, checkpoint_every_s: float = 60.0, precision: Precision | Literal["auto"] = "auto"
+) -> Job:
     """A lease's job in an empty `folder`."""
     folder.mkdir(parents=True)
     shard = shard_of(scale)
@@ -76,7 +82,8 @@ def job_of(scale: Scale, folder: Path, *, checkpoint_every_s: float = 60.0) -> J
         targets=select_targets(
             {name: target_of(weight.role, weight.shape) for name, weight in weights.items()}, recipe
         ),
-        device="cpu",
+        device=scale.device,
+        precision=precision,
         threads=scale.threads,
         checkpoint_file=folder / "checkpoint",
         checkpoint_every_s=checkpoint_every_s,

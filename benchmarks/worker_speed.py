@@ -62,7 +62,7 @@ def speed(scale: Scale, say: Say) -> Part:
     cpu = {way: min(timing.cpu_s for timing in timings) for way, timings in found.items()}
     table = part.table(
         f"{scale.model}, {recipe.batch_size} x {tokens // recipe.batch_size} tokens, rank {recipe.rank} on all linear "
-        f"layers, float32, {scale.threads} threads",
+        f"layers, {scale.device}, {scale.threads} threads",
         *("way", "s a step", "CPU s a step", "tokens/s", "lease's speed", "by CPU time", "medians of all runs, s"),
     )
     for way, timings in found.items():

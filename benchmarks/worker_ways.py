@@ -2,9 +2,9 @@
 
     python benchmarks/worker_ways.py SPEC.json     # a `Spec`; one JSON object on standard output
 
-What always holds: all ways train the same model in float32, with the same rank on the same layers, on the same batches
-of tokens in the same order, with AdamW, schedule and clipping of the recipe. The bare loop gets its batches as tensors
-before the clock starts, so it loads, shuffles and pads nothing; its first loss shows that they are the same.
+What always holds: all ways train the same model in the same precision, with the same rank on the same layers, on the
+same batches of tokens in the same order, with AdamW, schedule and clipping of the recipe. The bare loop has its batches
+as tensors before the clock starts, so it loads, shuffles and pads nothing; its first loss shows that they are the same.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def bare_loop(job: Job, clock: Clock) -> None:
     schedule = transformers.get_scheduler(recipe.lr_schedule, optimizer, recipe.warmup_steps, job.steps)
     model.train()
     for batch in batches:
-        loss = model(**batch).loss
+        with torch.autocast(job.device, torch.bfloat16, enabled=job.device == "cuda"):
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         optimizer.step()
@@ -98,7 +99,8 @@ def _sft_trainer(job: Job) -> Any:
 
     recipe = job.recipe
     datasets.disable_progress_bars()
-    model = transformers.AutoModelForCausalLM.from_pretrained(job.base_folder, dtype=torch.float32)
+    dtype = torch.bfloat16 if job.device == "cuda" else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(job.base_folder, dtype=dtype)
     rows = read_rows(job.shard_files)
     config = trl.SFTConfig(
         output_dir=str(job.delta_file.parent / "out"),
@@ -112,9 +114,9 @@ def _sft_trainer(job: Job) -> Any:
         completion_only_loss=True,
         seed=job.seed,
         data_seed=job.seed,
-        bf16=False,
+        bf16=job.device == "cuda",
         gradient_checkpointing=False,
-        use_cpu=True,
+        use_cpu=job.device == "cpu",
         report_to="none",
         save_strategy="no",
         logging_steps=1,

@@ -8,17 +8,14 @@ The decision that a round has ended is `coordinator.rounds`'; this module only k
 
 from __future__ import annotations
 
-from pydantic import ValidationError
-
 from coordinator.rounds import RoundFacts
-from rankup.errors import ConflictError, IntegrityError, NotFoundError, StateError
+from rankup.errors import ConflictError, IntegrityError, StateError
 from rankup.message import canonical_json
 from rankup.protocol import RoundState
 from rankup.records import RoundEnd
 from rankup.store import Store
+from rankup.stored import find_record
 from rankup.versions import round_end_key
-
-MAX_END_BYTES = 64 * 1024
 
 
 def end_of(round_id: str, facts: RoundFacts, now: float) -> RoundEnd:
@@ -62,12 +59,7 @@ def keep_end(store: Store, end: RoundEnd) -> RoundEnd:
 
 def stored_end(store: Store, round_id: str) -> RoundEnd | None:
     """How the round ended, if it has. Raises IntegrityError where that cannot be read."""
-    try:
-        end = RoundEnd.model_validate_json(store.get(round_end_key(round_id), max_bytes=MAX_END_BYTES))
-    except NotFoundError:
-        return None
-    except ValidationError as exc:
-        raise IntegrityError(f"the ending of round {round_id} cannot be read") from exc
-    if end.round_id != round_id:
+    end = find_record(store, round_end_key(round_id), RoundEnd)
+    if end is not None and end.round_id != round_id:
         raise IntegrityError(f"the ending of round {round_id} names {end.round_id}")
     return end

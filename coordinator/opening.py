@@ -19,23 +19,21 @@ import contextlib
 import secrets
 from collections.abc import Callable
 
-from pydantic import ValidationError
-
 from coordinator.catalogue import read_card, read_manifest, read_pointer
 from coordinator.fitting import require_trainable
 from coordinator.grants import delta_bound_bytes
 from coordinator.ledger import Ledger
 from coordinator.rounds import OpenNext, owed
 from coordinator.teachers import find_teacher
-from rankup.errors import ConflictError, InputError, IntegrityError, NotFoundError, StateError
+from rankup.errors import ConflictError, InputError, NotFoundError, StateError
 from rankup.message import canonical_json
 from rankup.protocol import MAX_LEASE_BYTES, Pointer, RoundRequest
 from rankup.records import BlobRef, DatasetCard, Manifest, Revocation, Rollback, RoundRecord
 from rankup.store import Store
+from rankup.stored import read_record
 from rankup.targets import select_targets
 from rankup.versions import round_key
 
-MAX_RECORD_BYTES = 256 * 1024**2
 MAX_MODEL_CHARS = 48
 """Of the model's name in a round's name, which has 64 characters at most."""
 NAME_ATTEMPTS = 8
@@ -220,8 +218,5 @@ def _write_once(store: Store, record: RoundRecord) -> RoundRecord:
     try:
         _write(store, record)
     except ConflictError:
-        try:
-            return RoundRecord.model_validate_json(store.get(round_key(record.round_id), max_bytes=MAX_RECORD_BYTES))
-        except ValidationError as exc:
-            raise IntegrityError(f"the record of round {record.round_id} is not readable") from exc
+        return read_record(store, round_key(record.round_id), RoundRecord)
     return record

@@ -23,17 +23,17 @@ from itertools import islice
 from typing import Final
 
 import structlog
-from pydantic import ValidationError
 
 from coordinator.catalogue import read_manifest, read_pointer
 from coordinator.credit import shares, taken_back
 from coordinator.ledger import Ledger
 from coordinator.people_scores import Gain, Part
 from coordinator.reputation import Place, Rating, games, rate, standings_of
-from rankup.errors import IntegrityError, NotFoundError, RetryableError
+from rankup.errors import RetryableError
 from rankup.protocol import RoundState
 from rankup.records import Cohort, Manifest, Receipt
 from rankup.store import Store
+from rankup.stored import find_record, read_record
 from rankup.versions import (
     MAX_ENVELOPE_BYTES,
     cohort_key,
@@ -49,8 +49,6 @@ WORKERS_PER_PART: Final = 256
 ROUNDS_LOOKED_AT: Final = 100
 MAX_REFUSED: Final = 1_000
 """Refused contributions of a round that are looked at, the first by digest: nobody chooses which."""
-MAX_COHORT_BYTES: Final = 256 * 1024**2
-MAX_RECEIPT_BYTES: Final = 1024**2
 SETTLE_S: Final = 10.0
 """Pause between two looks of a running server's bookkeeper."""
 DONE: Final = "all"
@@ -151,12 +149,7 @@ class Bookkeeper:
         return manifest
 
     def _cohort(self, round_id: str) -> Cohort | None:
-        try:
-            return Cohort.model_validate_json(self._store.get(cohort_key(round_id), max_bytes=MAX_COHORT_BYTES))
-        except NotFoundError:
-            return None
-        except ValidationError as exc:
-            raise IntegrityError(f"the cohort of round {round_id} cannot be read") from exc
+        return find_record(self._store, cohort_key(round_id), Cohort)
 
     def _refused(self, cohort: Cohort) -> list[Receipt]:
         """Receipts of the contributions that admission had refused when the cohort was decided."""
@@ -164,10 +157,7 @@ class Bookkeeper:
         others = (key for key in self._store.list(receipt_prefix(cohort.round_id)) if key not in members)
         found = []
         for key in islice(others, MAX_REFUSED):
-            try:
-                receipt = Receipt.model_validate_json(self._store.get(key, max_bytes=MAX_RECEIPT_BYTES))
-            except ValidationError as exc:
-                raise IntegrityError(f"the receipt under {key} cannot be read") from exc
+            receipt = read_record(self._store, key, Receipt)
             if not receipt.accepted and receipt.judged_at <= cohort.decided_at:
                 found.append(receipt)
         return found

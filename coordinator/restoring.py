@@ -18,7 +18,6 @@ from functools import partial
 from typing import Final, TypeVar
 
 import structlog
-from pydantic import ValidationError
 
 from coordinator import leases
 from coordinator import ledger_keys as keys
@@ -29,15 +28,15 @@ from coordinator.ledger import Ledger
 from coordinator.ledger_types import Worker
 from coordinator.opening import next_round_id
 from coordinator.pace import mean_speed
-from coordinator.traces import Trace, read_cohort, read_record
+from coordinator.traces import Trace, read_cohort, read_round
 from coordinator.unjudged import read_submission
 from rankup.errors import ConflictError, IntegrityError
 from rankup.protocol import DeviceProfile, LeaseState, Pointer, RoundState, Standing
 from rankup.records import Receipt, RoundRecord, Submission
 from rankup.store import Store
+from rankup.stored import read_record
 from rankup.versions import receipt_key, receipt_prefix, submission_prefix
 
-MAX_RECEIPT_BYTES: Final = 1024**2
 PARALLEL: Final = 16
 BATCH: Final = 200
 """Receipts whose writes are made in one step."""
@@ -149,7 +148,7 @@ class Restore:
     # rounds
 
     async def _round(self, trace: Trace) -> None:
-        record = await asyncio.to_thread(read_record, self._store, trace.round_id)
+        record = await asyncio.to_thread(read_round, self._store, trace.round_id)
         await self._ledger.create_round(record, trace.opened_at, as_draft=True)
         counted = await asyncio.to_thread(self._counted, trace, record)
         receipts = await asyncio.to_thread(self._receipts, trace)
@@ -352,20 +351,13 @@ def _in_order(receipts: Iterable[Receipt], counted: frozenset[str] | None) -> li
 
 
 def _read_receipt(store: Store, round_id: str, key: str) -> Receipt:
-    try:
-        receipt = Receipt.model_validate_json(store.get(key, max_bytes=MAX_RECEIPT_BYTES))
-    except ValidationError as exc:
-        raise _unreadable(key) from exc
+    receipt = read_record(store, key, Receipt)
     if key != receipt_key(round_id, receipt.submission.statement.sha256):
-        raise _unreadable(key)
+        raise IntegrityError(
+            f"{key} in object storage is not what its name says",
+            remedy="Restore it from a backup, or move it away: what it says is lost then.",
+        )
     return receipt
-
-
-def _unreadable(key: str) -> IntegrityError:
-    return IntegrityError(
-        f"{key} in object storage cannot be read, or is not what its name says",
-        remedy="Restore it from a backup, or move it away: what it says is lost then.",
-    )
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

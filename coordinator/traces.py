@@ -15,26 +15,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from coordinator import actions
 from coordinator.catalogue import read_manifest, read_pointer
 from coordinator.ending import stored_end
 from coordinator.evidence import ORDERS, Evidence, Made, cancelled, facts_from
-from coordinator.opening import MAX_RECORD_BYTES, next_round_id
+from coordinator.opening import next_round_id
 from coordinator.rounds import RoundFacts
 from rankup.errors import IntegrityError, NotFoundError
 from rankup.membership import Action
 from rankup.protocol import Pointer
 from rankup.records import Cohort, Manifest, RoundRecord
 from rankup.store import Store
+from rankup.stored import read_record
 from rankup.versions import MAX_ENVELOPE_BYTES, cohort_key, draft_key, manifest_key, open_envelope, round_key
-
-MAX_COHORT_BYTES: Final = 256 * 1024**2
-
-M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -76,9 +72,9 @@ def survey(
     return _Survey(store, publisher_key, progress or (lambda _what, _count: None)).traces()
 
 
-def read_record(store: Store, round_id: str) -> RoundRecord:
+def read_round(store: Store, round_id: str) -> RoundRecord:
     """The record of a round. Raises NotFoundError, IntegrityError."""
-    record = _read(store, round_key(round_id), RoundRecord, MAX_RECORD_BYTES)
+    record = read_record(store, round_key(round_id), RoundRecord)
     if record.round_id != round_id:
         raise IntegrityError(f"the record of round {round_id} names {record.round_id}")
     return record
@@ -86,16 +82,7 @@ def read_record(store: Store, round_id: str) -> RoundRecord:
 
 def read_cohort(store: Store, round_id: str) -> Cohort:
     """The decision about a round's contributions. Raises NotFoundError, IntegrityError."""
-    return _read(store, cohort_key(round_id), Cohort, MAX_COHORT_BYTES)
-
-
-def _read(store: Store, key: str, kind: type[M], max_bytes: int) -> M:
-    try:
-        return kind.model_validate_json(store.get(key, max_bytes=max_bytes))
-    except ValidationError as exc:
-        raise IntegrityError(
-            f"{key} in object storage cannot be read", remedy="Restore it from a backup, or move it away."
-        ) from exc
+    return read_record(store, cohort_key(round_id), Cohort)
 
 
 def chain_of(store: Store, model: str, publisher_key: str | None) -> Iterator[tuple[Manifest, str]]:
@@ -134,7 +121,7 @@ class _Survey:
         orders = self._orders()
         records = []
         for count, round_id in enumerate(sorted(round_id for round_id in names if "round.json" in names[round_id].has)):
-            record = read_record(self._store, round_id)
+            record = read_round(self._store, round_id)
             self._know_versions(record.request.model)
             # Their number is all that is needed of its shards, and they are what makes a record large.
             slim = {"shards": record.shards[:1] * len(record.shards), "targets": {}}

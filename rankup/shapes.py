@@ -61,9 +61,9 @@ def require_fit(recipe: Recipe, shape: str) -> None:
         )
     if recipe.packing and "images" in SHAPES[plain]:
         raise InputError("Rows with images cannot be packed.", remedy="Set packing to false.")
-    if recipe.packing and (recipe.method != "sft" or plain.startswith("image")):
+    if recipe.packing and recipe.method != "sft":
         raise InputError(
-            f"Rows can be packed for the method sft without images, not for {recipe.method} on {plain}.",
+            f"Rows can be packed for the method sft, not for {recipe.method}.",
             remedy="Set packing to false.",
         )
     if recipe.assistant_only and (recipe.method != "sft" or "messages" not in SHAPES[plain]):

@@ -57,9 +57,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cluster"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests run in two processes: those of a file share one, and so their module's fixtures are made once; so do all
-    that need the cluster, or the server of the integration tests."""
+    """Tests run in two processes: those of a file share one, and so their module's fixtures are made once; all that
+    need a cluster or a whole server share one too, so that there is never more than one of these at a time."""
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        shared = "ray_cluster" in fixtures or (item.path.parent.name == "integration" and "server" in fixtures)
+        shared = "ray_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("stack")
         item.add_marker(pytest.mark.xdist_group("shared" if shared else item.path.name))

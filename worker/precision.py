@@ -11,7 +11,8 @@ activations of `c` bytes (4 in float32, else 2):
     activations  n · c · spread · (widths + widths / layers), or, with gradient checkpointing (arXiv:1604.06174),
                  n · c · ((layers + 2) · hidden + spread · 2 · widths / layers)
     head         n · (c + 4) · hidden, since the loss is taken in tiles; n · 12 · vocabulary where a method needs all
-                 logits; and 10 for each weight of a head or an embedding that is trained, for the sum of both
+                 logits, and off a GPU where that is at most 0.5 GiB (`whole_logits`); and 10 for each weight of a head
+                 or an embedding that is trained, for the sum of both
     reserve      5 per cent, for what an allocator cannot use, and on a GPU 0.4 GiB for its libraries
 
 `widths` is the sum of inputs and outputs of all linear layers: what they take in and give is what the backward pass
@@ -48,6 +49,7 @@ SPREAD: Final[Mapping[Compute, float]] = {"float32": 1.1, "bfloat16": 1.4, "floa
 EXPERTS_AT_WORK: Final = 8
 """Experts that a token visits, at most; where a model has fewer, all of them."""
 RESERVE_SHARE: Final = 0.05
+WHOLE_LOGITS_BYTES: Final = 512 * 1024**2
 GPU_RESERVE_BYTES: Final = int(0.4 * 1024**3)
 _GIB: Final = 1024**3
 _EXAMPLES: Final[Mapping[str, int]] = {"sft": 1, "distillation": 1, "dpo": 2, "kto": 2}
@@ -177,7 +179,8 @@ def memory_bytes(base: BaseShape, task: Task, fit: tuple[Precision, Compute, int
         weights = (4.0 if precision == "float32" else 2.0) * base.weights
     block = SPREAD[compute] * base.widths / base.layers
     kept = (base.layers + 2) * base.hidden + 2 * block if checkpointing else (base.layers + 1) * block
-    head = (wide + 4) * base.hidden + (LOGIT_BYTES * base.vocabulary if task.all_logits else 0)
+    all_logits = task.all_logits or (not gpu and whole_logits(tokens, base.vocabulary))
+    head = (wide + 4) * base.hidden + (LOGIT_BYTES * base.vocabulary if all_logits else 0)
     needed = (
         weights
         + TRAINED_BYTES * task.trained
@@ -226,6 +229,12 @@ def compute_of(precision: Precision, hardware: Hardware) -> Compute:
     if hardware.kind == "cpu":
         return "float32"
     return "bfloat16" if hardware.bfloat16 else "float16"
+
+
+def whole_logits(tokens: int, vocabulary: int) -> bool:
+    """Whether the logits of so many tokens are few enough to be computed at once, off a GPU, instead of twice in
+    tiles."""
+    return LOGIT_BYTES * tokens * vocabulary <= WHOLE_LOGITS_BYTES
 
 
 def may_narrow(

@@ -12,6 +12,7 @@ from rankup.errors import InputError
 from rankup.shapes import marks_assistant
 from worker.lesson import Lesson, shared_arguments
 from worker.pausing import going_on
+from worker.precision import whole_logits
 
 PACKED_TOKENS = 4096
 """Most tokens that go through the model at a time where examples are packed: without flash attention, time and memory
@@ -29,17 +30,7 @@ def make_trainer(lesson: Lesson) -> Any:
     import torch
     import trl
 
-    recipe, progress = lesson.job.recipe, lesson.progress
-
-    class CountingTrainer(trl.SFTTrainer):  # type: ignore[misc]
-        """SFTTrainer that counts the tokens of the loss: labels after the shift by one that are not masked."""
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            progress.tokens += int((inputs["labels"][..., 1:] != -100).sum())
-            if lesson.device == "cuda":  # where its kernels are, TRL's head saves the memory of the logits
-                return super().compute_loss(model, inputs, *args, **kwargs)
-            return plain_loss(self, torch, model, inputs, kwargs.get("num_items_in_batch"))
-
+    recipe = lesson.job.recipe
     arguments = shared_arguments(lesson)
     rows = [dict(row) for row in lesson.rows]
     if recipe.assistant_only:
@@ -53,7 +44,7 @@ def make_trainer(lesson: Lesson) -> Any:
             "per_device_train_batch_size": pieces,
             "gradient_accumulation_steps": recipe.batch_size // pieces,
         }
-    trainer = going_on(CountingTrainer, torch, lesson.checkpoint)(
+    trainer = trainer_class(lesson)(
         model=lesson.adapted.model,
         args=trl.SFTConfig(**arguments, completion_only_loss="prompt" in rows[0]),
         train_dataset=datasets.Dataset.from_list(rows),
@@ -71,6 +62,25 @@ def make_trainer(lesson: Lesson) -> Any:
             remedy="The organiser should set the recipe's packing to false for this model.",
         )
     return trainer
+
+
+def trainer_class(lesson: Lesson) -> Any:
+    """TRL's `SFTTrainer`, which goes on from the lesson's checkpoint and counts the tokens of the loss: labels after
+    the shift by one that are not masked."""
+    import torch
+    import trl
+
+    progress, vocabulary = lesson.progress, lesson.adapted.base.config.get_text_config().vocab_size
+
+    class CountingTrainer(trl.SFTTrainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            progress.tokens += int((inputs["labels"][..., 1:] != -100).sum())
+            # On a card its kernels are there, and elsewhere TRL's head saves the memory of many logits.
+            if lesson.device == "cuda" or not whole_logits(inputs["labels"].numel(), vocabulary):
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            return plain_loss(self, torch, model, inputs, kwargs.get("num_items_in_batch"))
+
+    return going_on(CountingTrainer, torch, lesson.checkpoint)
 
 
 def plain_loss(trainer: Any, torch: Any, model: Any, inputs: Any, items: Any) -> Any:

@@ -21,8 +21,7 @@ from rankup.images import require_pictured, row_images
 from rankup.shapes import marks_assistant
 from rankup.vision import placeholder_ids
 from worker.lesson import Lesson, shared_arguments
-from worker.pausing import going_on
-from worker.sft import plain_loss
+from worker.sft import trainer_class
 
 
 def make_trainer(lesson: Lesson) -> Any:
@@ -32,20 +31,9 @@ def make_trainer(lesson: Lesson) -> Any:
     assistant's words where only they are learned.
     """
     import datasets
-    import torch
     import trl
 
-    recipe, progress = lesson.job.recipe, lesson.progress
-
-    class CountingTrainer(trl.SFTTrainer):  # type: ignore[misc]
-        """SFTTrainer that counts the tokens of the loss: labels after the shift by one that are not masked."""
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            progress.tokens += int((inputs["labels"][..., 1:] != -100).sum())
-            if lesson.device == "cuda":
-                return super().compute_loss(model, inputs, *args, **kwargs)
-            return plain_loss(self, torch, model, inputs, kwargs.get("num_items_in_batch"))
-
+    recipe = lesson.job.recipe
     if recipe.assistant_only and not marks_assistant(lesson.tokenizer.chat_template):
         raise InputError(
             "the base's chat template does not mark the assistant's words with {% generation %}",
@@ -71,7 +59,7 @@ def make_trainer(lesson: Lesson) -> Any:
         )
     # As text: a table of rows would give every part of a message every field.
     data = datasets.Dataset.from_dict({"row": [json.dumps(row) for row in rows]}).with_transform(_decoded)
-    return going_on(CountingTrainer, torch, lesson.checkpoint)(
+    return trainer_class(lesson)(
         model=lesson.adapted.model,
         args=config,
         train_dataset=data,

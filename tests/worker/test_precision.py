@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from rankup.errors import SetupError
 from rankup.recipe import Precision, Recipe
 from rankup.targets import Target
-from worker.precision import BaseShape, DoesNotFitError, Fit, Hardware, Task, choose, may_narrow, memory_bytes
+from worker.precision import (
+    BaseShape,
+    DoesNotFitError,
+    Fit,
+    Hardware,
+    Task,
+    choose,
+    may_narrow,
+    memory_bytes,
+    whole_logits,
+)
 
 GIB = 1024**3
 PAGE = Path(__file__).parents[2] / "docs" / "volunteering.md"
@@ -105,18 +115,23 @@ def test_experts_stay_in_16_bits_and_a_token_visits_eight_at_most(case: str) -> 
 def test_the_memory_of_a_training_is_the_sum_that_the_docstring_writes() -> None:
     base = BaseShape(weights=1000, packed=800, largest=100, widths=64, layers=2, hidden=8, vocabulary=50)
     task = Task(trained=10, trained_matrices=0, batch=4, tokens=16, all_logits=False, four_bit=True)
-    # 4·1000 + 16·10 + 16·(4·3·1.1·32 + 8·8) = 11942.4
-    assert memory_bytes(base, task, ("float32", "float32", 1, False), gpu=False) == int(11942.4 * 1.05)
-    # 2·1000 + 160 + 64·(2·(4·8 + 2·1.4·32) + 6·8) = 20796.8
-    checkpointed = memory_bytes(base, task, ("bfloat16", "bfloat16", 4, True), gpu=False)
-    assert checkpointed == int(20796.8 * 1.05)
+    # 4·1000 + 16·10 + 16·(4·3·1.1·32 + 8·8 + 12·50) = 21542.4
+    assert memory_bytes(base, task, ("float32", "float32", 1, False), gpu=False) == int(21542.4 * 1.05)
+    # 2·1000 + 160 + 64·(2·(4·8 + 2·1.4·32) + 6·8) = 20796.8; on a processor all logits at once, 64·12·50, besides
+    way = ("bfloat16", "bfloat16", 4, True)
+    card = int(20796.8 * 1.05) + int(0.4 * GIB)
+    assert memory_bytes(base, task, way, gpu=True) == card
+    assert memory_bytes(base, task, way, gpu=False) == int((20796.8 + 64 * 12 * 50) * 1.05)
     # In nf4: 0.516·800 and 2·(200 + 100) in place of 2·1000.
-    packed = memory_bytes(base, task, ("nf4", "bfloat16", 4, True), gpu=False)
-    assert packed == pytest.approx((20796.8 - 2000 + (0.5 + 1 / 64 + 4 / 16384) * 800 + 600) * 1.05, abs=1)
+    packed = memory_bytes(base, task, ("nf4", "bfloat16", 4, True), gpu=True) - card
+    assert packed == pytest.approx(((0.5 + 1 / 64 + 4 / 16384) * 800 + 600 - 2000) * 1.05, abs=1)
     wide = Task(trained=10, trained_matrices=30, batch=4, tokens=16, all_logits=True, four_bit=True)
-    more = memory_bytes(base, wide, ("bfloat16", "bfloat16", 4, True), gpu=False) - checkpointed
-    assert more == pytest.approx((64 * 12 * 50 + 10 * 30) * 1.05, abs=1)
-    assert memory_bytes(base, task, ("bfloat16", "bfloat16", 4, True), gpu=True) - checkpointed == int(0.4 * GIB)
+    assert memory_bytes(base, wide, way, gpu=True) - card == pytest.approx((64 * 12 * 50 + 10 * 30) * 1.05, abs=1)
+
+
+def test_many_logits_are_computed_in_tiles_on_a_processor_too() -> None:
+    assert whole_logits(4 * 128, 49_152)
+    assert not whole_logits(4 * 1024, 49_152)
 
 
 def test_what_a_recipe_trains_is_counted_with_ranks_slices_and_vectors() -> None:
@@ -178,7 +193,7 @@ def test_activations_are_about_what_autograd_keeps(half: bool) -> None:
 CHOICES: dict[str, tuple[str, Hardware, dict[str, Any], tuple[Precision, str, int, bool] | str]] = {
     "a processor": ("135M", Hardware("cpu", 8 * GIB), {}, ("float32", "float32", 4, False)),
     "a processor with little memory": ("135M", Hardware("cpu", 2 * GIB), {}, ("float32", "float32", 4, True)),
-    "a processor never packs": ("7B", Hardware("cpu", 16 * GIB, four_bit=True), {}, "needs 27.6 GiB"),
+    "a processor never packs": ("7B", Hardware("cpu", 16 * GIB, four_bit=True), {}, "needs 27.8 GiB"),
     "memory that nobody knows": ("7B", Hardware("xpu"), {}, ("float32", "float32", 4, False)),
     "plenty": ("135M", ampere(24), {}, ("bfloat16", "bfloat16", 4, False)),
     "not plenty": ("7B", ampere(16), {}, ("bfloat16", "bfloat16", 4, True)),
