@@ -39,8 +39,10 @@ def leases(scale: Scale, say: Say) -> Part:
         say("a model and a dataset")
         _rankup(server, "model", "import", scale.model, "--name", "bench")
         _rankup(server, "dataset", "build", "pydocs", "--pydocs", "--shard-rows", "64")
-        create = ("round", "create", "--model", "bench", "--dataset", "pydocs", "--shards", "2")
-        _rankup(server, *create, "--steps", str(STEPS), "--max-shards-per-lease", "1")
+        wanted = {"model": "bench", "dataset": "pydocs", "shards": 2, "max_shards_per_lease": 1}
+        file = home / "round.json"
+        file.write_text(json.dumps(wanted | {"recipe": {"steps": STEPS}}))
+        _rankup(server, "round", "create", str(file))
         say("two leases")
         first, second = _work(server, home / "volunteer")
     table = part.table(

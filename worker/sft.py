@@ -6,6 +6,7 @@ What always holds: tokens are those that the loss was taken over, counted batch 
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from rankup.errors import InputError
@@ -70,7 +71,9 @@ def trainer_class(lesson: Lesson) -> Any:
     import torch
     import trl
 
-    progress, vocabulary = lesson.progress, lesson.adapted.base.config.get_text_config().vocab_size
+    progress, base = lesson.progress, lesson.adapted.base
+    vocabulary = base.config.get_text_config().vocab_size
+    some = "logits_to_keep" in signature(base.forward).parameters
 
     class CountingTrainer(trl.SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,13 +81,14 @@ def trainer_class(lesson: Lesson) -> Any:
             # On a card its kernels are there, and elsewhere TRL's head saves the memory of many logits.
             if lesson.device == "cuda" or not whole_logits(inputs["labels"].numel(), vocabulary):
                 return super().compute_loss(model, inputs, *args, **kwargs)
-            return plain_loss(self, torch, model, inputs, kwargs.get("num_items_in_batch"))
+            return plain_loss(self, torch, model, inputs, kwargs.get("num_items_in_batch"), some=some)
 
     return going_on(CountingTrainer, torch, lesson.checkpoint)
 
 
-def plain_loss(trainer: Any, torch: Any, model: Any, inputs: Any, items: Any) -> Any:
+def plain_loss(trainer: Any, torch: Any, model: Any, inputs: Any, items: Any, *, some: bool) -> Any:
     """The loss of TRL's `SFTTrainer` from whole logits: nats of the labels' tokens by `items`, the tokens of the batch.
+    `some`: whether the model can leave out the logits of places at which no row of the batch has a label.
 
     TRL projects in tiles, which it computes once more on the way back, and measures entropy and accuracy: without its
     kernels for cards that makes a step of a small model a quarter longer.
@@ -92,10 +96,16 @@ def plain_loss(trainer: Any, torch: Any, model: Any, inputs: Any, items: Any) ->
     wanted = {name: value for name, value in inputs.items() if name != "labels"}
     if trainer.aux_loss_enabled:
         wanted["output_router_logits"] = True
-    outputs = model(**wanted, use_cache=False)
-    labels = inputs["labels"][:, 1:]
+    labels = inputs["labels"][:, 1:]  # (rows, tokens - 1): the logits at one place are for the token at the next
     mask = labels != -100
-    nats = torch.nn.functional.cross_entropy(outputs.logits[:, :-1][mask].float(), labels[mask], reduction="sum")
+    places = mask.any(0).nonzero().flatten()
+    if some:
+        wanted["logits_to_keep"] = places
+    outputs = model(**wanted, use_cache=False)
+    logits = outputs.logits if some else outputs.logits[:, places]  # (rows, places, vocabulary)
+    nats = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, places].flatten(), ignore_index=-100, reduction="sum"
+    )
     loss = nats / (mask.sum().clamp(min=1) if items is None else items)
     if trainer.aux_loss_enabled and outputs.aux_loss is not None:
         pieces = 1 if items is None else trainer.current_gradient_accumulation_steps
