@@ -87,7 +87,7 @@ def speed(scale: Scale, say: Say) -> Part:
     part.notes.append(
         f"The median of the steps after the first {WARM_UP} of {scale.steps}; of {scale.repeat} processes for each, in "
         "turn, the fastest counts. Tokens count padding, the same for all. The bare loop has its batches as tensors "
-        "before the clock starts; the lease writes a checkpoint a minute, counts its tokens and reports every step, and "
+        "before the clock starts; the lease writes a checkpoint a minute, counts its tokens and reports each step, and "
         "on a processor it computes logits only at places where a row of the batch has a label."
     )
     part.versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
