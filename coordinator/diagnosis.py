@@ -21,11 +21,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.finding import Finding, Grade, fail, guarded, ok, warn
 from coordinator.ledger import Ledger
 from coordinator.ledger_probe import ServerFacts, server_facts, write_to_disk
 from coordinator.storage_probe import storage
 from rankup.errors import BusyError, RankupError
+from rankup.finding import Finding, Grade, fail, guarded, ok, warn
 from rankup.settings import CoordinatorSettings, LedgerSettings, StoreSettings
 from rankup.signing import load_private_key
 from rankup.store import open_store

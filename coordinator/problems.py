@@ -121,6 +121,25 @@ def from_error(error: RankupError) -> Response:
     )
 
 
+def refused_body(error: RankupError) -> Response:
+    """The document that `error` becomes, and the end of the connection: what nobody wants does not go on arriving."""
+    refusal = from_error(error)
+    refusal.headers["Connection"] = "close"
+    return refusal
+
+
+def body_too_slow(what: str, remedy: str) -> Response:
+    """A body that stopped arriving, and the end of the connection."""
+    return problem_response(
+        status=408,
+        code=InputError.code,
+        title=f"The {what} did not arrive",
+        detail=f"Nothing more of the {what} arrived for a while, or it came too slowly.",
+        remedy=remedy,
+        headers={"Connection": "close"},
+    )
+
+
 def install_handlers(app: FastAPI) -> None:
     """Make every refusal that FastAPI or a route raises a problem."""
     app.add_exception_handler(RankupError, _on_rankup_error)

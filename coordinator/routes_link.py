@@ -18,8 +18,8 @@ from starlette.types import Scope
 from coordinator.access import DeskOf
 from coordinator.link import filler, require_short
 from coordinator.openapi import refusals
-from coordinator.problems import from_error, problem_response
-from rankup.errors import InputError, RankupError
+from coordinator.problems import body_too_slow, refused_body
+from rankup.errors import RankupError
 from rankup.protocol import MAX_LINK_BYTES, LinkMeasured
 
 LINK_PATH: Final = "/v1/link"
@@ -44,18 +44,9 @@ async def measure_up(request: Request, desk: DeskOf) -> LinkMeasured | Response:
     except ClientDisconnect:
         return Response(status_code=400)  # Nobody is there to read it.
     except TimeoutError:
-        return problem_response(
-            status=408,
-            code=InputError.code,
-            title="The body did not arrive",
-            detail="Nothing more of the body arrived for a while, or it came too slowly.",
-            remedy="Send less, or again over a better connection.",
-            headers={"Connection": "close"},
-        )
+        return body_too_slow("body", "Send less, or again over a better connection.")
     except RankupError as error:
-        refusal = from_error(error)
-        refusal.headers["Connection"] = "close"
-        return refusal
+        return refused_body(error)
 
 
 @router.get(

@@ -19,10 +19,10 @@ from starlette.types import Scope
 
 from coordinator.access import Desk, DeskOf
 from coordinator.openapi import refusals
-from coordinator.problems import from_error, problem_response
+from coordinator.problems import body_too_slow, refused_body
 from coordinator.spool import too_long, too_short
 from coordinator.tickets import UPLOADS_PATH, Piece, Ticket
-from rankup.errors import DeniedError, InputError, NotFoundError, RankupError
+from rankup.errors import DeniedError, NotFoundError, RankupError
 from rankup.message import Digest, Identifier
 from rankup.parts import MAX_PARTS
 from rankup.protocol import LeaseState
@@ -91,18 +91,9 @@ async def _answer(ticket: Ticket, signature: str, request: Request, desk: Desk) 
         log.info("upload_broke_off", lease_id=lease_id)
         return Response(status_code=400)  # Nobody is there to read it.
     except TimeoutError:
-        return problem_response(
-            status=408,
-            code=InputError.code,
-            title="The delta did not arrive",
-            detail="Nothing more of the delta arrived for a while, or it came too slowly.",
-            remedy="Send it again over a better connection.",
-            headers={"Connection": "close"},
-        )
+        return body_too_slow("delta", "Send it again over a better connection.")
     except RankupError as error:
-        refusal = from_error(error)
-        refusal.headers["Connection"] = "close"
-        return refusal
+        return refused_body(error)
     part = ticket.piece.number if ticket.piece is not None else 0
     log.info("delta_uploaded", lease_id=lease_id, size_bytes=ticket.size_bytes, part=part)
     return Response(status_code=204)

@@ -22,8 +22,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from coordinator.finding import Finding, fail, guarded, ok, warn
 from rankup.errors import ConflictError, RankupError
+from rankup.finding import Finding, fail, guarded, ok, warn
 from rankup.store import Store
 
 if TYPE_CHECKING:

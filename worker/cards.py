@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from worker.finding import Finding, fail, ok, warn
+from rankup.finding import Finding, fail, ok, warn
 
 CHECK: Final = "graphics"
 OLDEST_CARD: Final = {13: (7, 5)}

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from rankup.errors import DeniedError, FatalError, RankupError, SetupError, UnreachableError
+from rankup.finding import Finding, Grade, fail
 from rankup.settings import WorkerSettings
 from worker import identity, machine_probe, server_probe
-from worker.finding import Finding, Grade, fail
 from worker.links import Links
 from worker.machine_probe import Allowance, Hands
 from worker.plan import Plan, Resources

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Final
 
 from rankup.errors import SetupError
+from rankup.finding import Finding, fail, ok, warn
 from rankup.protocol import DeviceKind
 from rankup.settings import WorkerSettings
 from worker import cards, device, identity
-from worker.finding import Finding, fail, ok, warn
 from worker.limits import Limits, Readings, Stance, first_reason, transfer_reason
 from worker.limitsfile import read_limits
 from worker.readings import Machine, Sense, on_battery

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from rankup.errors import DeniedError, IntegrityError, RankupError, RetryableError, UnauthenticatedError
+from rankup.finding import Finding, fail, ok, warn
 from rankup.protocol import ServerInfo, Standing, WorkerView
 from rankup.settings import WorkerSettings
 from worker import identity, links
 from worker.client import GatewayClient
-from worker.finding import Finding, fail, ok, warn
 from worker.links import Links
 from worker.machine_probe import Allowance
 from worker.retry import RetryPolicy

@@ -13,9 +13,9 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rankup.finding import Finding
     from rankup.settings import WorkerSettings
     from worker.doctor import Examination
-    from worker.finding import Finding
     from worker.plan import Part, Plan, Task
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}

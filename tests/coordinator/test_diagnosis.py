@@ -15,9 +15,9 @@ from pydantic import SecretStr
 
 from coordinator import diagnosis
 from coordinator.diagnosis import Listener, Patient, disk_finding, examine, listeners, machine, network, publisher_key
-from coordinator.finding import Finding, Grade
 from coordinator.ledger_probe import ServerFacts
 from coordinator.storage_probe import clock_finding, storage
+from rankup.finding import Finding, Grade
 from rankup.settings import CoordinatorSettings, LedgerSettings, StoreSettings
 from rankup.signing import generate_private_key, save_private_key
 from rankup.store import S3Store

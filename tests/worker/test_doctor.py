@@ -13,12 +13,12 @@ from fake_gateway import INVITE, FakeGateway, serve
 
 from rankup import signing
 from rankup.errors import DeniedError, SetupError, UnreachableError
+from rankup.finding import Finding, Grade
 from rankup.protocol import Enrolled, RoundState, RoundView, Standing
 from rankup.recipe import Recipe
 from rankup.settings import WorkerSettings
 from worker import cards, doctor, identity, links, machine_probe, server_probe
 from worker.cards import Card, TorchBuild, verdict_on_cards
-from worker.finding import Finding, Grade
 from worker.limits import Limits, Readings
 from worker.links import Links
 

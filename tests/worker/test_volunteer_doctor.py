@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from rankup.cli import volunteer_doctor
 from rankup.cli.volunteer import app
 from rankup.errors import DeniedError
+from rankup.finding import Finding, Grade
 from worker.doctor import Examination
-from worker.finding import Finding, Grade
 from worker.plan import Memory, Part, Plan, Task
 
 NOW = 1_000_000.0

@@ -1,4 +1,4 @@
-"""What a check of `rankup doctor` finds: ok, a warning or a failure, with a remedy where it is not ok.
+"""What a check of `rankup doctor` or `rankup worker doctor` finds: ok, a warning or a failure, with a remedy.
 
 It makes no check itself.
 """
@@ -15,7 +15,9 @@ from rankup.errors import RankupError
 class Grade(StrEnum):
     OK = "ok"
     WARN = "warn"
+    """It works all the same."""
     FAIL = "fail"
+    """It cannot work."""
 
 
 @dataclass(frozen=True)
