@@ -79,7 +79,8 @@ from worker.events import (
 from worker.governor import Governor
 from worker.heart import Heart
 from worker.journal import Journal
-from worker.leasework import Lease, LeaseOverError, LeaseWork, PausedTooLongError, begun_in, kept_grants, lease_folder
+from worker.leasefolder import Lease, begun_in, kept_grants, lease_folder
+from worker.leasework import LeaseOverError, LeaseWork, PausedTooLongError
 from worker.leaves import public_reason
 from worker.membership import Membership
 from worker.outbox import Outbox, OutboxState
