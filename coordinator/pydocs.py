@@ -2,7 +2,8 @@
 
 What always holds:
 - a row is a conversational prompt-completion pair of TRL: "What does `os.path.join` do in Python?" and the docstring;
-- one row per public qualified name, in sorted order; the same Python gives the same rows;
+- one row per public qualified name, in sorted order; the same Python gives the same rows, whatever is installed or
+  imported: a bare interpreter of its own reads them, since packages change classes of the standard library;
 - a class or function that several modules offer is listed under the module that it belongs to, not under each of them;
 - modules that open a window, a browser or a prompt when they are imported are left out, and nothing is printed.
 
@@ -15,6 +16,8 @@ import contextlib
 import importlib
 import inspect
 import io
+import json
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -90,25 +93,34 @@ def question(qualified_name: str) -> str:
 
 def rows() -> Iterator[dict[str, Any]]:
     """Yield `{"prompt": [user message], "completion": [assistant message]}`, sorted by qualified name."""
-    documented: dict[str, str] = {}
-    for name in sorted({*sys.stdlib_module_names, *_SUBMODULES}):
-        if name.startswith("_") or name in _SKIPPED:
-            continue
-        module = _import_quietly(name)
-        if module is not None:
-            documented.update(_documented_names(name, module))
-    for name, text in sorted(documented.items()):
+    # This file imports the standard library alone, so it needs neither the path of packages (-I) nor their hooks (-S).
+    told = subprocess.run([sys.executable, "-I", "-S", __file__], stdout=subprocess.PIPE, check=True).stdout
+    for name, text in sorted(json.loads(told).items()):
         yield {
             "prompt": [{"role": "user", "content": question(name)}],
             "completion": [{"role": "assistant", "content": text}],
         }
 
 
-def _import_quietly(name: str) -> ModuleType | None:
-    """The module, or None where this platform has no such module; deprecation warnings and prints are swallowed."""
-    sink = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+def documented() -> dict[str, str]:
+    """Docstrings by qualified name, as the modules of this process say them."""
+    found: dict[str, str] = {}
+    with warnings.catch_warnings():
+        # Of modules that are imported, and of names that are looked at.
         warnings.simplefilter("ignore")
+        for name in sorted({*sys.stdlib_module_names, *_SUBMODULES}):
+            if name.startswith("_") or name in _SKIPPED:
+                continue
+            module = _import_quietly(name)
+            if module is not None:
+                found.update(_documented_names(name, module))
+    return found
+
+
+def _import_quietly(name: str) -> ModuleType | None:
+    """The module, or None where this platform has no such module; prints are swallowed."""
+    sink = io.StringIO()
+    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         try:
             return importlib.import_module(name)
         except ImportError:
@@ -150,3 +162,7 @@ def _documented(qualified_name: str, value: object) -> Iterator[tuple[str, str]]
     text = inspect.getdoc(value)
     if text is not None and MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
         yield qualified_name, text
+
+
+if __name__ == "__main__":
+    json.dump(documented(), sys.stdout)

@@ -44,7 +44,7 @@ def test_well_known_names_are_there(rows: list[dict], name: str) -> None:
 
 def test_nothing_is_printed_and_no_window_module_is_imported() -> None:
     script = (
-        "import sys, coordinator.pydocs as p; n = len(list(p.rows()));"
+        "import sys, coordinator.pydocs as p; n = len(p.documented()); assert n == len(list(p.rows()));"
         "assert not {'antigravity', 'this', 'turtle', 'tkinter', 'idlelib'} & set(sys.modules); assert n > 2500"
     )
     began = time.monotonic()
@@ -54,4 +54,15 @@ def test_nothing_is_printed_and_no_window_module_is_imported() -> None:
 
 
 def test_the_same_python_gives_the_same_rows(rows: list[dict]) -> None:
+    assert list(pydocs.rows()) == rows
+
+
+def test_a_package_that_changes_the_standard_library_changes_no_row(
+    rows: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit() -> None:
+        """Somebody else's, and long enough to be a row of the dataset."""
+
+    monkeypatch.setattr("logging.Logger.info_once", submit, raising=False)
+    assert "logging.Logger.info_once" in pydocs.documented()
     assert list(pydocs.rows()) == rows
