@@ -63,6 +63,8 @@ class Base:
     folder: Path
     name: str
     licence: str
+    chat_template: str | None = None
+    """Instead of the folder's (`aggregator.chattemplate`)."""
 
 
 def fetch_base(

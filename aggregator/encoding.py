@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aggregator.images import Pictured
+from rankup.chat import needs, require_template, template_settings
 from rankup.errors import InputError
 from rankup.shapes import marks_assistant
 
@@ -57,14 +58,16 @@ def encode(
         pictured = Pictured(tokenizer, row, max_tokens, assistant_only)
         tokens = pictured.scored()
         return () if tokens is None else (Example(*tokens, row=number, pictured=pictured),)
+    require_template(tokenizer.chat_template, needs(row), whose="the model")
+    settings = template_settings(row)
     if "prompt" in row and "chosen" in row and "rejected" in row:
-        opening, (chosen, rejected) = _answered(tokenizer, row["prompt"], row["chosen"], row["rejected"])
+        opening, (chosen, rejected) = _answered(tokenizer, settings, row["prompt"], row["chosen"], row["rejected"])
         sequences = [(chosen, opening, True), (rejected, opening, False)]
     elif "prompt" in row and "completion" in row:
-        opening, (whole,) = _answered(tokenizer, row["prompt"], row["completion"])
+        opening, (whole,) = _answered(tokenizer, settings, row["prompt"], row["completion"])
         sequences = [(whole, opening, row.get("label") is not False)]
     elif isinstance(row.get("messages"), list):
-        whole, marked = _conversation(tokenizer, row["messages"], assistant_only)
+        whole, marked = _conversation(tokenizer, settings, row["messages"], assistant_only)
         scored = tuple(marked[:max_tokens])
         found = Example(tuple(whole[:max_tokens]), (False, *scored[1:]), number)
         return (found,) if found.tokens else ()
@@ -88,19 +91,22 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text=text, verbose=False)["input_ids"])
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, opens_answer: bool = False) -> list[int]:
-    """Tokens of a conversation; with the mark that opens an answer at the end, if `opens_answer`. Raises InputError."""
-    return list(_templated(tokenizer, messages, add_generation_prompt=opens_answer)["input_ids"])
+def chat_ids(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, opens_answer: bool = False, **settings: Any
+) -> list[int]:
+    """Tokens of a conversation; with the mark that opens an answer at the end, if `opens_answer`. `settings`: tools and
+    whatever else the chat template is told. Raises InputError."""
+    return list(_templated(tokenizer, messages, add_generation_prompt=opens_answer, **settings)["input_ids"])
 
 
-def _answered(tokenizer: Any, prompt: Any, *answers: Any) -> tuple[int, list[list[int]]]:
+def _answered(tokenizer: Any, settings: Mapping[str, Any], prompt: Any, *answers: Any) -> tuple[int, list[list[int]]]:
     """Where the answers start, and prompt and answer together as tokens, for each answer."""
     if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers):
         opening = plain_ids(tokenizer, prompt)
         wholes = [plain_ids(tokenizer, prompt + _ended(tokenizer, answer)) for answer in answers]
     elif isinstance(prompt, list) and all(isinstance(answer, list) for answer in answers):
-        opening = chat_ids(tokenizer, prompt, opens_answer=True)
-        wholes = [chat_ids(tokenizer, prompt + answer) for answer in answers]
+        opening = chat_ids(tokenizer, prompt, opens_answer=True, **settings)
+        wholes = [chat_ids(tokenizer, prompt + answer, **settings) for answer in answers]
     else:
         raise InputError("prompt and answers must both be text or both be lists of messages")
     return min(_shared(opening, whole) for whole in wholes), wholes
@@ -113,22 +119,22 @@ def _shared(opening: Sequence[int], whole: Sequence[int]) -> int:
 
 
 def _conversation(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], assistant_only: bool
+    tokenizer: Any, settings: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], assistant_only: bool
 ) -> tuple[list[int], list[bool]]:
     """Tokens of a conversation, and which of them are learned."""
     if not assistant_only:
-        whole = chat_ids(tokenizer, messages)
+        whole = chat_ids(tokenizer, messages, **settings)
         return whole, [True] * len(whole)
     if tokenizer.chat_template and not marks_assistant(tokenizer.chat_template):
         raise InputError(
             "the model's chat template does not mark the assistant's words with {% generation %}",
             remedy="Set the recipe's assistant_only to false, or import the base with a template that has the mark.",
         )
-    found = _templated(tokenizer, messages, return_assistant_tokens_mask=True)
+    found = _templated(tokenizer, messages, return_assistant_tokens_mask=True, **settings)
     return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
 
 
-def _templated(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> Mapping[str, Any]:
+def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> Mapping[str, Any]:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:

@@ -10,6 +10,7 @@ It does not download anything (`aggregator.bases` does).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,6 +57,7 @@ SETTINGS = frozenset(
     {"tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"}
 )
 """Of those, what is read to make input for the model."""
+TEMPLATE = "chat_template.jinja"
 MAX_CARRIED_BYTES = 256 * 1024 * 1024
 Progress = Callable[[int, int], None]
 """Called with the bytes of masters done, and of all masters."""
@@ -82,13 +84,13 @@ def make_version_zero(
         stack_experts: make one tensor of a layer's experts that are stored one by one, so that they can be trained.
 
     Raises:
-        StateError: `model` has a version 0 with other tensors.
+        StateError: `model` has a version 0 with other tensors, or without the chat template that the base is given.
         InputError: the base is quantised, has no tokenizer, a value that bfloat16 cannot hold, or linear layers whose
             weights have other names, shapes or types than its config asks for.
         IntegrityError: a weights file is damaged, or the stored version 0 is not signed by this key.
         NotFoundError: a file that the index names is missing.
     """
-    carried = _read_carried(base.folder)
+    carried = _read_carried(base)
     with open_weights(base.folder, stack_experts=stack_experts) as weights:
         total_bytes = sum(weight.master_bytes for weight in weights.values())
         done_bytes = 0
@@ -102,6 +104,7 @@ def make_version_zero(
         there = _published(store, private_key, model)
         if there is not None:
             _require_same(there, weights, advance)
+            _require_template(there, base.chat_template)
             # A crash may have come between the manifest and the pointer.
             publish_manifest(store, private_key, there)
             return there
@@ -176,6 +179,16 @@ def _require_same(there: Manifest, weights: Mapping[str, Weight], advance: Calla
         )
 
 
+def _require_template(there: Manifest, wanted: str | None) -> None:
+    """Raise StateError if a chat template is wanted that the published version does not have."""
+    found = next((file.sha256 for file in there.files if file.path == TEMPLATE), None)
+    if wanted is not None and found != hashlib.sha256(wanted.encode()).hexdigest():
+        raise StateError(
+            f"{there.model} has a version 0 already, with another chat template",
+            remedy="Choose another name for the model, or go on with what is there.",
+        )
+
+
 def linear_weights(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes, as stored, of the weights that "all-linear" trains. Raises InputError: no model is there."""
     parameters = Skeleton.of(folder).parameters
@@ -185,8 +198,9 @@ def linear_weights(folder: Path) -> dict[str, tuple[int, ...]]:
 # -- the other files ---------------------------------------------------------------------------------------------------
 
 
-def _read_carried(folder: Path) -> dict[str, bytes]:
+def _read_carried(base: Base) -> dict[str, bytes]:
     """Config and tokenizer files, ready to publish: file name -> bytes."""
+    folder = base.folder
     require_safetensors(folder)
     carried: dict[str, bytes] = {}
     for name in CARRIED:
@@ -220,7 +234,13 @@ def _read_carried(folder: Path) -> dict[str, bytes]:
         for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
             for name in ("auto_map", "name_or_path"):
                 part.pop(name, None)
+        if base.chat_template is not None:
+            settings.pop("chat_template", None)
         carried[file] = _encode(settings)
+    if base.chat_template is not None:
+        # Where processors of older days keep theirs.
+        carried.pop("chat_template.json", None)
+        carried[TEMPLATE] = base.chat_template.encode()
     return carried
 
 

@@ -31,9 +31,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from coordinator.chatrows import RowError
 from coordinator.imagerows import clean_row, features, parse_row
 from coordinator.rowfiles import Origin, Rows
-from coordinator.rows import RowError, digest, encode_row
+from coordinator.rows import digest, encode_row
+from rankup.chat import needs
 from rankup.errors import ConflictError, InputError, SetupError, StateError, TooLargeError
 from rankup.message import canonical_json
 from rankup.protocol import MAX_LEASE_BYTES
@@ -88,7 +90,7 @@ def build_dataset(
     key = dataset_key(dataset)
     origin = Origin.of(rows)
     with _quiet_ray_data():
-        shape, steps, heldout, training = _select(origin, heldout_rows, seed)
+        kind, steps, heldout, training = _select(origin, heldout_rows, seed)
         shards = tuple(
             put_blob(store, _limited(data, "shard_rows")) for data in _shards(training, steps[-1].rows_out, shard_rows)
         )
@@ -102,7 +104,8 @@ def build_dataset(
         licence=licence,
         rows=kept,
         heldout_rows=len(heldout),
-        shape=shape,
+        shape=kind.shape,
+        needs=kind.needs,
         shards=shards,
         heldout=heldout_ref,
         pipeline=tuple(steps),
@@ -138,24 +141,25 @@ def _table(**columns: list[Any]) -> pa.Table:
 
 
 def check_and_clean(block: pa.Table) -> pa.Table:
-    """number, text -> number, row (canonical JSON, "" if nothing was left), hash, bucket, shape, extra, problem.
+    """number, text -> number, row (JSON, "" if nothing was left), hash, bucket, shape, needs, extra, problem.
 
     A wrong row is a row with a `problem`, so that the first one of the whole input can be named, not of one block.
     """
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("number", "row", "hash", "bucket", "shape", "extra", "problem")
+        name: [] for name in ("number", "row", "hash", "bucket", "shape", "needs", "extra", "problem")
     }
     for number, text in zip(block["number"].to_pylist(), block["text"].to_pylist(), strict=True):
-        row, shape, extra, problem = "", "", "", ""
+        row, shape, words, extra, problem = "", "", "", "", ""
         try:
             shape, parsed, names = parse_row(text)
             cleaned = clean_row(parsed)
             row, extra = ("" if cleaned is None else encode_row(cleaned)), ",".join(names)
+            words = ",".join(sorted(needs(cleaned or {})))
         except RowError as exc:
             problem = str(exc)
         found = digest(row)
         # One hex digit: 16 buckets, within which equal rows are looked for. More tasks would cost more than they save.
-        values = (number, row, found, found[0], shape, extra, problem)
+        values = (number, row, found, found[0], shape, words, extra, problem)
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
     return _table(**columns)
@@ -193,15 +197,24 @@ class Decontaminate:
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
-def _select(origin: Origin, heldout_rows: int, seed: int) -> tuple[str, list[PipelineStep], list[str], Iterator[str]]:
-    """All steps up to the shuffle: the rows' shape, counts, rows that are held out, and those to train on, in order."""
+@dataclass(frozen=True)
+class _Kind:
+    """What all rows are."""
+
+    shape: str
+    needs: tuple[str, ...]
+    """Words that a chat template must have for one row or the other."""
+
+
+def _select(origin: Origin, heldout_rows: int, seed: int) -> tuple[_Kind, list[PipelineStep], list[str], Iterator[str]]:
+    """All steps up to the shuffle: the rows' kind, counts, rows that are held out, and those to train on, in order."""
     import ray
 
     refs = [ray.put(block) for block in _blocks(origin)]
     if not refs:
         raise InputError("there is no row to build a dataset from")
     cleaned = ray.data.from_arrow_refs(refs).map_batches(check_and_clean, **_BLOCKWISE).materialize()
-    shape, steps = _checked(cleaned, origin)
+    kind, steps = _checked(cleaned, origin)
     unique = (
         cleaned.select_columns(["hash", "bucket", "row"])
         .groupby("bucket")
@@ -218,7 +231,7 @@ def _select(origin: Origin, heldout_rows: int, seed: int) -> tuple[str, list[Pip
             remedy="Add rows, or hold out fewer.",
         )
     heldout = _held_out(unique, heldout_rows)
-    if shape.startswith("unpaired") and len({json.loads(row)["label"] for row in heldout.values()}) == 1:
+    if kind.shape.startswith("unpaired") and len({json.loads(row)["label"] for row in heldout.values()}) == 1:
         raise InputError(
             f"the {heldout_rows} held-out rows are all good or all bad: they cannot tell who knows one from the other",
             remedy="Hold out more rows, or add rows of the other label.",
@@ -237,27 +250,31 @@ def _select(origin: Origin, heldout_rows: int, seed: int) -> tuple[str, list[Pip
     overlap = "rows with the prompt or the answer of a held-out row, or 13 words in a row of it"
     steps.append(PipelineStep(name="decontaminate", rows_in=left - heldout_rows, rows_out=kept, detail=overlap))
     steps.append(PipelineStep(name="shuffle", rows_in=kept, rows_out=kept, detail=f"seed {seed}"))
-    return shape, steps, list(heldout.values()), _texts(training)
+    return kind, steps, list(heldout.values()), _texts(training)
 
 
 _BLOCKWISE: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 
 
-def _checked(cleaned: Any, origin: Origin) -> tuple[str, list[PipelineStep]]:
-    """The rows' shape and the first two steps; raises InputError for the first wrong row, and for several shapes."""
+def _checked(cleaned: Any, origin: Origin) -> tuple[_Kind, list[PipelineStep]]:
+    """The rows' kind and the first two steps; raises InputError for the first wrong row, and for several shapes."""
     first_of_shape: dict[str, int] = {}
+    needed: set[str] = set()
     left_out: Counter[str] = Counter()
     wrong: tuple[int, str] | None = None
     total = empty = 0
-    columns = ["number", "shape", "extra", "problem", "hash"]
+    columns = ["number", "shape", "needs", "extra", "problem", "hash"]
     nothing = digest("")
     for batch in cleaned.select_columns(columns).iter_batches(batch_size=None, batch_format="pyarrow"):
         total += batch.num_rows
-        for number, shape, extra, problem, found in zip(*(batch[name].to_pylist() for name in columns), strict=True):
+        for number, shape, words, extra, problem, found in zip(
+            *(batch[name].to_pylist() for name in columns), strict=True
+        ):
             if problem:
                 wrong = min(wrong or (number, problem), (number, problem))
                 continue
             first_of_shape[shape] = min(first_of_shape.get(shape, number), number)
+            needed.update(words.split(",") if words else ())
             left_out.update(extra.split(",") if extra else ())
             empty += found == nothing
     if wrong is not None:
@@ -272,12 +289,13 @@ def _checked(cleaned: Any, origin: Origin) -> tuple[str, list[PipelineStep]]:
         )
     (shape,) = first_of_shape
     names = ", ".join(f"{name} ({count} rows)" for name, count in sorted(left_out.items())[:16])
-    detail = f"shape: {shape}" + (f"; fields left out: {names}" if names else "")
+    detail = f"shape: {shape}" + (f", with {', '.join(sorted(needed))}" if needed else "")
+    detail += f"; fields left out: {names}" if names else ""
     cleaning = (
         "Unicode NFC, no control characters, no space around; "
         "rows with an empty field, or with one answer as chosen and rejected, are dropped"
     )
-    return shape, [
+    return _Kind(shape, tuple(sorted(needed))), [
         PipelineStep(name="read", rows_in=total, rows_out=total, detail=detail[:4096]),
         PipelineStep(name="clean", rows_in=total, rows_out=total - empty, detail=cleaning),
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+from rankup.chat import require_template
 from rankup.errors import InputError, IntegrityError, NotFoundError
 from rankup.recipe import Recipe
 from rankup.records import DatasetCard, Manifest
@@ -22,7 +23,8 @@ def require_trainable(store: Store, recipe: Recipe, card: DatasetCard, base: Man
     """Return if the recipe's method takes rows of the dataset's shape, and the base has what its settings need.
 
     Raises:
-        InputError: it does not, or the rows have images and the model sees none; the remedy says what would.
+        InputError: it does not, the rows have images and the model sees none, or tools and its chat template has none;
+            the remedy says what would.
         IntegrityError: the version's tokenizer cannot be read.
     """
     if card.shape:
@@ -32,6 +34,13 @@ def require_trainable(store: Store, recipe: Recipe, card: DatasetCard, base: Man
             f"The rows of {card.dataset} have images, but {base.model} sees none.",
             remedy="Choose a vision-language model, or a dataset without images.",
         )
+    if card.needs and recipe.method == "distillation":
+        raise InputError(
+            f"The rows of {card.dataset} have {', '.join(card.needs)}, of which distillation makes no use.",
+            remedy="Choose the method sft, or a dataset of plain conversations.",
+        )
+    if card.needs:
+        require_template(chat_template(store, base), card.needs, whose=base.model)
     if recipe.assistant_only and not marks_assistant(chat_template(store, base)):
         raise InputError(
             f"The chat template of {base.model} does not mark the assistant's words with {{% generation %}}.",
@@ -39,8 +48,8 @@ def require_trainable(store: Store, recipe: Recipe, card: DatasetCard, base: Man
         )
 
 
-def chat_template(store: Store, version: Manifest) -> str | None:
-    """The chat template of a version's tokenizer, None where it has none. Raises IntegrityError."""
+def chat_template(store: Store, version: Manifest) -> str | dict[str, str] | None:
+    """The chat template of a version's tokenizer, or several by name; None where it has none. Raises IntegrityError."""
     files = {file.path: file for file in version.files}
     try:
         if "chat_template.jinja" in files:
@@ -51,6 +60,8 @@ def chat_template(store: Store, version: Manifest) -> str | None:
             return None
         data = get_blob(store, files[name].sha256, max_bytes=MAX_TEMPLATE_BYTES)
         found = json.loads(data).get("chat_template")
-    except (NotFoundError, ValueError, AttributeError) as exc:
+        if isinstance(found, list):
+            return {str(each["name"]): str(each["template"]) for each in found}
+    except (NotFoundError, ValueError, LookupError, TypeError, AttributeError) as exc:
         raise IntegrityError(f"the tokenizer of {version.model} {version.version} cannot be read") from exc
     return found if isinstance(found, str) else None

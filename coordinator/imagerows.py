@@ -23,8 +23,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from coordinator import rows
+from coordinator.chatrows import RowError, clean_text
 from coordinator.images import bare_image
-from coordinator.rows import Row, RowError, clean_text
+from coordinator.rows import Row
 from rankup.errors import InputError
 from rankup.images import CONVERSATIONS, image_bytes, require_pictured
 

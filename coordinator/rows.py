@@ -11,11 +11,12 @@ The shapes are TRL's (https://huggingface.co/docs/trl/dataset_formats); a row ha
 | unpaired | `prompt`, `completion` and `label`, true for a good answer and false for a bad one |
 
 Two more ways to write them are taken: `chosen` and `rejected` that both begin with their prompt, and `conversations`
-of `from` and `value` for messages.
+of `from` and `value` for messages. `coordinator.chatrows` says what a message holds, and which tools and settings go
+along with conversations.
 
 What always holds:
-- a parsed row holds the fields of its shape and no other: strings, messages and a label; its texts are in Unicode NFC,
-  without control characters but line feed and tab, and can be written as UTF-8;
+- a parsed row holds the fields of its shape, what goes along with its conversations, and nothing else; the texts of a
+  clean one are in Unicode NFC, without control characters but line feed and tab, and can be written as UTF-8;
 - cleaning a clean row changes nothing;
 - the space between a plain prompt and its completion is part of the text and stays.
 
@@ -31,12 +32,21 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from rankup.errors import InputError
+from coordinator.chatrows import (
+    RowError,
+    clean_carried,
+    clean_messages,
+    clean_text,
+    kind,
+    parse_carried,
+    parse_messages,
+    words_of,
+)
+from rankup.chat import CARRIED
 from rankup.shapes import SHAPES, shape_of
 
 Row = dict[str, Any]
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """What others call the roles, in `conversations`."""
 NGRAM_WORDS = 13
@@ -44,13 +54,9 @@ NGRAM_WORDS = 13
 MIN_ANSWER_WORDS = 4
 """A shorter answer ("yes", "42") says nothing about where a row comes from."""
 
-_REMOVED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
+_AS_GIVEN = frozenset({"tools", "tool_calls"})
 _WORD = re.compile(r"\w+")
 _SPACE = re.compile(r"\s+")
-
-
-class RowError(InputError):
-    """A row breaks its shape; the message names the field but not the line."""
 
 
 def parse_row(text: str) -> tuple[str, Row, tuple[str, ...]]:
@@ -64,7 +70,7 @@ def parse_row(text: str) -> tuple[str, Row, tuple[str, ...]]:
     except (ValueError, RecursionError) as exc:
         raise RowError(f"is not JSON: {exc}") from exc
     if not isinstance(value, dict):
-        raise RowError(f"is {_kind(value)}, not a JSON object")
+        raise RowError(f"is {kind(value)}, not a JSON object")
     value = {name: content for name, content in value.items() if content is not None}
     shape = shape_of(_plainly(value))
     if shape is None:
@@ -78,17 +84,20 @@ def parse_row(text: str) -> tuple[str, Row, tuple[str, ...]]:
             row[field] = content
             continue
         if isinstance(content, list) and shape != "text":
-            row[field] = _messages(field, content)
+            row[field] = parse_messages(field, content)
         elif isinstance(content, str) and shape != "messages":
             row[field] = content
         else:
             wanted = {"text": "text", "messages": "a list of messages"}.get(shape, "text or a list of messages")
-            raise RowError(f"field {field}: is {_kind(content)}, not {wanted}")
+            raise RowError(f"field {field}: is {kind(content)}, not {wanted}")
         chat.add(isinstance(content, list))
     if len(chat) > 1:
         texts = ", ".join(field for field in SHAPES[shape] if field != "label")
         raise RowError(f"fields {texts}: must all be text or all be lists of messages")
-    extra = tuple(sorted(value.keys() - set(SHAPES[shape])))
+    if chat == {True}:
+        row |= parse_carried(value)
+    # Tools that are none at all are not left out: there are none.
+    extra = tuple(sorted(name for name in value.keys() - row.keys() if not (chat == {True} and name in CARRIED)))
     return f"{shape} chat" if chat == {True} and shape != "messages" else shape, row, extra
 
 
@@ -134,46 +143,15 @@ def _spoken(turn: Any) -> Any:
     return {"role": SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker, "content": turn["value"]}
 
 
-def _messages(field: str, messages: list[Any]) -> list[dict[str, str]]:
-    if not messages:
-        raise RowError(f"field {field}: has no message")
-    checked = []
-    for number, message in enumerate(messages):
-        where = f"field {field}[{number}]"
-        if not isinstance(message, dict):
-            raise RowError(f"{where}: is {_kind(message)}, not a message")
-        # Columnar files fill absent fields with null.
-        present = {name: value for name, value in message.items() if value is not None}
-        if odd := sorted(present.keys() - {"role", "content"}):
-            raise RowError(f"{where}: has the unknown field {odd[0]}; a message has role and content")
-        role, content = present.get("role"), present.get("content")
-        if not isinstance(role, str) or role not in ROLES:
-            raise RowError(f"{where}.role: must be one of {', '.join(sorted(ROLES))}")
-        if not isinstance(content, str):
-            raise RowError(f"{where}.content: is {_kind(content)}, not text")
-        checked.append({"role": role, "content": content})
-    return checked
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
 # -- cleaning ----------------------------------------------------------------------------------------------------------
-
-
-def clean_text(text: str) -> str:
-    """NFC, line feeds only, no other control characters, no byte order mark, no half of a surrogate pair."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # Removing can bring a letter and its accent together, so it comes first.
-    return unicodedata.normalize("NFC", _REMOVED.sub("", text))
 
 
 def clean_row(row: Row) -> Row | None:
     """The row with clean, stripped texts; None when a field or a message has nothing left, or both answers are one."""
     cleaned: Row = {}
     for field, content in row.items():
+        if field in CARRIED:
+            continue
         if isinstance(content, bool):
             cleaned[field] = content
         elif isinstance(content, str):
@@ -186,18 +164,29 @@ def clean_row(row: Row) -> Row | None:
                 return None
             cleaned[field] = text
         else:
-            messages = [{"role": m["role"], "content": clean_text(m["content"]).strip()} for m in content]
-            if not all(message["content"] for message in messages):
+            messages = clean_messages(content)
+            if messages is None:
                 return None
             cleaned[field] = messages
     if "chosen" in cleaned and cleaned["chosen"] == cleaned["rejected"]:
         return None
-    return cleaned
+    return cleaned | clean_carried(row)
 
 
 def encode_row(row: Row) -> str:
-    """The row as canonical JSON on one line: equal rows, equal text."""
-    return json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """The row as JSON on one line: equal rows, equal text.
+
+    Names are sorted, but for those within tools and calls: a chat template shows them in their order.
+    """
+    return json.dumps(_sorted(row), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_sorted(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: each if name in _AS_GIVEN else _sorted(each) for name, each in sorted(value.items())}
 
 
 def digest(text: str) -> str:
@@ -230,16 +219,16 @@ def _feature(part: str, kind: str, words: list[str]) -> bytes:
 
 def _parts(row: Row) -> Iterator[tuple[str, str]]:
     for field, content in row.items():
-        if isinstance(content, bool):
+        if isinstance(content, bool) or field in CARRIED:
             continue
         if isinstance(content, str):
             yield ("prompt" if field == "prompt" else "answer"), content
             continue
-        answers = [message["content"] for message in content if message["role"] == "assistant"]
-        asked = [message["content"] for message in content if message["role"] in ("user", "tool")]
+        answers = [words_of(message) for message in content if message["role"] == "assistant"]
+        asked = [words_of(message) for message in content if message["role"] in ("user", "tool")]
         if field == "prompt":
             # Earlier turns of the assistant are a part of what is asked.
-            asked, answers = [m["content"] for m in content if m["role"] not in ("system", "developer")], []
+            asked, answers = [words_of(m) for m in content if m["role"] not in ("system", "developer")], []
         if asked:
             yield "prompt", "\n".join(asked)
         if answers:

@@ -57,6 +57,8 @@ class DatasetCard(Message):
     heldout_rows: int
     shape: Annotated[str, StringConstraints(max_length=64)] = ""
     """Of every row, as `coordinator.rows` names it: which methods may train on it follows from this."""
+    needs: Annotated[tuple[Annotated[str, StringConstraints(max_length=64)], ...], Field(max_length=1024)] = ()
+    """What the chat template of a base must have a word for (`rankup.chat`)."""
     shards: Annotated[tuple[BlobRef, ...], Field(min_length=1, max_length=1_000_000)]
     heldout: BlobRef
     """Lies under the key of `versions.heldout_key`, never under `blobs/`: volunteers cannot fetch it."""

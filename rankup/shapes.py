@@ -40,7 +40,10 @@ def shape_of(fields: Collection[str]) -> str | None:
 
 
 def marks_assistant(chat_template: object) -> bool:
-    """Whether a chat template says which words are the assistant's, as transformers reads it."""
+    """Whether a chat template, of several the default one, says which words are the assistant's, as transformers reads
+    it."""
+    if isinstance(chat_template, Mapping):
+        chat_template = chat_template.get("default")
     return isinstance(chat_template, str) and _GENERATION.search(chat_template) is not None
 
 

@@ -30,7 +30,7 @@ from rankup.recipe import Recipe
 from worker import sft
 from worker.answers import Answer, AnswersFile, Prompt, asked_rows, batches, prompt_of
 from worker.job import Answered, Job, Line
-from worker.lesson import Lesson, shared_arguments
+from worker.lesson import Lesson, dataset_of, shared_arguments
 from worker.loading import load_tokenizer
 from worker.orders import Orders
 from worker.pausing import going_on
@@ -146,7 +146,6 @@ def make_trainer(lesson: Lesson) -> Any:
     """The trainer of a lesson whose rows and teacher are those of `taught`. Raises InputError as `worker.sft` does."""
     if lesson.teacher is None:
         return sft.make_trainer(lesson)
-    import datasets
     import torch
     import trl
 
@@ -172,7 +171,7 @@ def make_trainer(lesson: Lesson) -> Any:
     return going_on(Pupil, torch, lesson.checkpoint)(
         model=lesson.adapted.model,
         args=trl.SFTConfig(**shared_arguments(lesson), completion_only_loss=False),
-        train_dataset=datasets.Dataset.from_list([dict(row) for row in lesson.rows]),
+        train_dataset=dataset_of(lesson.rows),
         processing_class=lesson.tokenizer,
     )
 

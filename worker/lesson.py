@@ -6,11 +6,12 @@ they minimise and in nothing else; a batch is the recipe's whatever fits into me
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankup.chat import needs
 from worker import tracking
 from worker.checkpoint import Checkpoint
 from worker.job import Job
@@ -71,3 +72,30 @@ def shared_arguments(lesson: Lesson) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
     }
+
+
+def dataset_of(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """The rows as TRL's trainers take them, a `datasets.Dataset`.
+
+    Where a row has tools, calls or settings, its objects stay JSON: as columns each would get the fields of all others.
+    """
+    import datasets
+
+    listed = [dict(row) for row in rows]
+    if not any(map(needs, listed)):
+        return datasets.Dataset.from_list(listed)
+    names = dict.fromkeys(name for row in listed for name in row)
+    # TRL unpacks the settings of every row.
+    absent: dict[str, Any] = {"chat_template_kwargs": {}}
+    filled = [{name: row.get(name, absent.get(name)) for name in names} for row in listed]
+    kinds = {name: next(row[name] for row in listed if name in row) for name in names}
+    features = datasets.Features({name: _feature(datasets, value) for name, value in kinds.items()})
+    return datasets.Dataset.from_list(filled, features=features)
+
+
+def _feature(datasets: Any, value: object) -> Any:
+    if isinstance(value, list):
+        return datasets.List(datasets.Json())
+    if isinstance(value, dict):
+        return datasets.Json()
+    return datasets.Value("bool" if isinstance(value, bool) else "string")

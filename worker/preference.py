@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rankup.errors import InputError
-from worker.lesson import Lesson, shared_arguments
+from worker.lesson import Lesson, dataset_of, shared_arguments
 from worker.pausing import going_on
 
 
@@ -100,7 +100,6 @@ def _reference(torch: Any, model: Any) -> Any:
 
 
 def _make(lesson: Lesson, trainer_class: Callable[..., Any], config: Any, rows: Iterable[Mapping[str, Any]]) -> Any:
-    import datasets
     import torch
 
     progress = lesson.progress
@@ -116,7 +115,7 @@ def _make(lesson: Lesson, trainer_class: Callable[..., Any], config: Any, rows: 
         model=lesson.adapted.model,
         ref_model=_reference(torch, lesson.adapted.model),
         args=config,
-        train_dataset=datasets.Dataset.from_list([dict(row) for row in rows]),
+        train_dataset=dataset_of(rows),
         processing_class=lesson.tokenizer,
     )
     if len(trainer.train_dataset) == 0:

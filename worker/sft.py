@@ -11,7 +11,7 @@ from typing import Any
 
 from rankup.errors import InputError
 from rankup.shapes import marks_assistant
-from worker.lesson import Lesson, shared_arguments
+from worker.lesson import Lesson, dataset_of, shared_arguments
 from worker.pausing import going_on
 from worker.precision import whole_logits
 
@@ -27,7 +27,6 @@ def make_trainer(lesson: Lesson) -> Any:
     Raises InputError: no example has a token to learn, the assistant's words are not marked, or the base cannot keep
     packed examples apart.
     """
-    import datasets
     import torch
     import trl
 
@@ -48,7 +47,7 @@ def make_trainer(lesson: Lesson) -> Any:
     trainer = trainer_class(lesson)(
         model=lesson.adapted.model,
         args=trl.SFTConfig(**arguments, completion_only_loss="prompt" in rows[0]),
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=dataset_of(rows),
         processing_class=lesson.tokenizer,
     )
     labels = (label for example in trainer.train_dataset for label in example["labels"])

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankup.chat import CARRIED, needs, template_settings
 from rankup.errors import InputError
 from rankup.images import require_pictured
 from rankup.recipe import Method
 from rankup.shapes import SHAPES, TRAINED_ON, shape_of
-
-_CARRIED = frozenset({"tools", "chat_template_kwargs"})
 
 
 def read_rows(paths: Sequence[Path], method: Method = "sft") -> list[dict[str, Any]]:
@@ -47,7 +46,14 @@ def read_rows(paths: Sequence[Path], method: Method = "sft") -> list[dict[str, A
         columns = fields
         if "images" in fields:
             require_pictured(row)
-        rows.append({name: row[name] for name in sorted((fields | _CARRIED) & row.keys())})
+        # Raises where a setting would be more than one.
+        template_settings(row)
+        if method == "distillation" and (words := needs(row)):
+            raise InputError(
+                f"{where} has {', '.join(sorted(words))}, of which distillation makes no use",
+                remedy="The organiser should choose the method sft, or a dataset of plain conversations.",
+            )
+        rows.append({name: row[name] for name in sorted((fields | set(CARRIED)) & row.keys())})
     if not rows:
         raise InputError("the shard is empty" if len(paths) == 1 else f"all {len(paths)} shards are empty")
     return rows

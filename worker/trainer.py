@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
+from rankup.chat import needs, require_template
 from rankup.delta import DeltaHeader, write_delta
 from rankup.errors import DeltaError, InputError
 from worker.answers import answers_progress
@@ -70,6 +71,7 @@ def train(
     torch.set_num_threads(job.threads)
     device = device_name(torch, job.device)
     tokenizer = load_tokenizer(transformers, job.base_folder, rows[0])
+    require_template(tokenizer.chat_template, frozenset().union(*map(needs, rows)), whose="the base")
     progress = Progress(emit, job.steps, started=started, meter=energy_meter(torch, device, job.device))
     progress.read_meter()
     orders = orders or Orders(share_percent=job.share_percent)

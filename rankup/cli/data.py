@@ -19,6 +19,9 @@ def import_model(
     base: str = typer.Argument(help="Hub id, local folder, GGUF file, `smollm2` or `tiny`."),
     name: str = typer.Option(..., "--name", help="Name of the model on this server."),
     licence: str = typer.Option(None, help="SPDX id; default: what the base's model card says."),
+    chat_template: Path = typer.Option(
+        None, help="File with a chat template instead of the base's own: with a place for tools, for instance."
+    ),
     stack_experts: bool = typer.Option(
         False, help="Store a layer's experts as one tensor, so that they can be trained; needs transformers 5 to load."
     ),
@@ -31,10 +34,12 @@ def import_model(
     - `rankup model import HuggingFaceTB/SmolLM2-135M-Instruct --name smollm2`
     - `rankup model import ./my-model --name mine`
     - `rankup model import model.Q4_1.gguf --name mine`
+    - `rankup model import ./my-model --name calling --chat-template tools.jinja`
     """
     import tempfile
     import time
 
+    from aggregator.chattemplate import with_chat_template
     from aggregator.genesis import fetch_base, make_version_zero
     from rankup.cli.output import human_bytes, print_json
     from rankup.cli.stack import ServerAccess
@@ -49,6 +54,8 @@ def import_model(
         storing_bar(f"{name} version 0", quiet=as_json) as progress,
     ):
         found = fetch_base(base, Path(folder))
+        if chat_template is not None:
+            found = with_chat_template(found, chat_template)
         manifest = make_version_zero(
             open_store(access.store),
             load_private_key(access.publisher_key_file),

@@ -316,6 +316,15 @@ class TestBuild:
         assert [len(shard) for shard in shards(store, card)] == [10, 10, 10, 12]
         assert trained != [row for row in rows if row in trained]
 
+    def test_the_card_says_what_a_chat_template_must_know(self) -> None:
+        store, rows = MemoryStore(), pairs(50)
+        assert build(store, rows).needs == ()
+        rows[7]["tools"] = [{"name": "look", "parameters": {"type": "object"}}]
+        rows[9]["completion"][0]["thinking"] = "Hm."
+        card = build(store, rows, dataset="calling")
+        assert card.needs == ("thinking", "tools")
+        assert card.pipeline[0].detail == "shape: prompt-completion chat, with thinking, tools"
+
     def test_neither_the_order_of_rows_nor_the_size_of_blocks_matters(self, monkeypatch: pytest.MonkeyPatch) -> None:
         first = build(MemoryStore(), pairs(200))
         for block_rows, seed in ((40, 1), (64, 2)):

@@ -23,6 +23,7 @@ REQUEST = {
     "model": "tiny",
     "dataset": "pydocs",
     "shards": 4,
+    "max_shards_per_lease": 1,
     "recipe": {
         "rank": 4,
         "rank_pattern": {"mlp.down_proj": 2},
@@ -51,7 +52,7 @@ def test_an_audit_refuses_what_training_again_does_not_give_and_the_round_is_rep
         assert lease.targets["model.layers.0.mlp.down_proj.weight"].rank == 2
         view = mallory.hand_in(lease, good_delta(lease, tmp_path, seed=1))
         assert view.state is LeaseState.REJECTED
-        assert "training the shard again gives a delta at cosine" in view.verdict
+        assert "training the shards again gives a delta at cosine" in view.verdict
 
         ada = server.join("ada", "--max-leases", "4")
         assert ada.wait(200) == 0, (server.home / "ada.log").read_text()

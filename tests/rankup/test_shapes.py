@@ -67,7 +67,9 @@ def test_a_recipe_that_does_not_fit_is_refused_with_a_way_out(
         ("{% if add_generation_prompt %}x{% endif %}", False),
         ("", False),
         (None, False),
+        ({"default": "{% generation %}x{% endgeneration %}", "tool_use": "x"}, True),
+        ({"default": "x", "tool_use": "{% generation %}x{% endgeneration %}"}, False),
     ],
 )
-def test_a_chat_template_marks_the_assistant_with_a_block_of_its_own(template: str | None, marks: bool) -> None:
+def test_a_chat_template_marks_the_assistant_with_a_block_of_its_own(template: object, marks: bool) -> None:
     assert marks_assistant(template) is marks
