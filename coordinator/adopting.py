@@ -38,7 +38,7 @@ async def adopt(ledger: Ledger, lease: Lease, now: float) -> Lease:
     lease_key, home = keys.lease_key(lease.lease_id), keys.round_key(lease.round_id)
     shards = [str(number) for number in lease.numbers]
     for attempt in range(ATTEMPTS):
-        known, state, accepted, late, holders, fences, next_one, live = await ledger.valkey.read(
+        known, state, accepted, late, holders, fences, next_one, live, delivering = await ledger.valkey.read(
             ["HGETALL", lease_key],
             ["HGET", home, "state"],
             ["HMGET", f"{home}:accepted", *shards],
@@ -47,6 +47,7 @@ async def adopt(ledger: Ledger, lease: Lease, now: float) -> Lease:
             ["HMGET", f"{home}:fences", *shards],
             ["HGET", home, "next"],
             ["HGET", keys.LIVE, lease.worker_id],
+            ["HGET", keys.DELIVERING, lease.worker_id],
         )
         if known:
             return keys.parse_lease(known)
@@ -62,7 +63,7 @@ async def adopt(ledger: Ledger, lease: Lease, now: float) -> Lease:
             accepted_by=next((found for found in (*accepted, *late) if found is not None), None),
             hands=max(int(count or 0) for count in holders),
             copies=request.copies,
-            busy=live is not None,
+            busy=live is not None and delivering is not None,
             late_is_welcome=not taken and await ledger.may_take_late(lease),
             lease_s=request.lease_s,
             now=now,
@@ -70,7 +71,9 @@ async def adopt(ledger: Ledger, lease: Lease, now: float) -> Lease:
         writes = _named(home, lease, fences, int(next_one)) if taken else []
         writes += keys.lease_writes(adopted, commands)
         if adopted.state is LeaseState.GRANTED:
-            writes.append(["HSET", keys.LIVE, lease.worker_id, lease.lease_id])
+            # Of two, which one is being delivered is not known, and does not matter: there is no third.
+            place = keys.LIVE if live is None else keys.DELIVERING
+            writes.append(["HSET", place, lease.worker_id, lease.lease_id])
         conditions: list[keys.Condition] = [
             ["EXISTS", lease_key, "0"],
             ["HGET", home, "state", state],
@@ -80,6 +83,7 @@ async def adopt(ledger: Ledger, lease: Lease, now: float) -> Lease:
             ["HMGET", f"{home}:fences", *shards, fences],
             ["HGET", home, "next", next_one],
             ["HGET", keys.LIVE, lease.worker_id, live],
+            ["HGET", keys.DELIVERING, lease.worker_id, delivering],
         ]
         if await ledger.valkey.commit(conditions, writes):
             return replace(adopted, rev=adopted.rev + 1)

@@ -3,7 +3,8 @@
 What always holds:
 - a shard is in as many live leases as the round allows copies, and in a second one only while no shard is free and the
   second worker should be done before the first (`lua/claim.lua`);
-- a worker that lost an answer asks again and gets the lease that it holds;
+- a worker that lost an answer asks again and gets the lease that it holds; beside one whose delta it delivers it gets
+  another, and never a third;
 - what the survey saw may be outdated a moment later: the script grants nothing of a round that closed meanwhile.
 
 Who fits what is `coordinator.matching`; how soon to ask again is `coordinator.pace`. Raises what `coordinator.valkey`
@@ -53,8 +54,9 @@ class Claims:
         self._load_records = load_records
         self._census: tuple[float, int] | None = None
 
-    async def claim(self, worker_id: str, now: float, seeker: Seeker) -> Lease | NoWork:
-        """A lease that fits, or the one that this worker holds already, or why there is none."""
+    async def claim(self, worker_id: str, now: float, seeker: Seeker, delivering: str = "") -> Lease | NoWork:
+        """A lease that fits, or the one that this worker holds already, or why there is none. `delivering`: the lease
+        whose delta is on its way; it is not handed out again."""
         survey = await self.survey(worker_id, now)
         found = match(worker_id, seeker, survey.speeds, survey.offers, survey.idle)
         candidates = () if isinstance(found, NoWork) else found
@@ -66,9 +68,12 @@ class Claims:
             f"{now:.6f}",
             json.dumps([_wire(candidate) for candidate in candidates]),
             repr(now - IDLE_S),
+            delivering,
         )
         if reply[0] == 1:
             return keys.parse_lease(dict(zip(reply[1::2], reply[2::2], strict=True)))
+        if reply[0] == -1:
+            return NoWork("busy", "You have two leases already: the next one comes when one is handed in.", survey.idle)
         if isinstance(found, NoWork):
             return replace(found, idle=survey.idle)
         return NoWork("all_handed_out", f"All shards are handed out{_back(reply[1], now)}.", survey.idle)

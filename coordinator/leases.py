@@ -270,7 +270,7 @@ def adopt(
     """A lease that the ledger has forgotten, as its voucher tells of it, goes on.
 
     It is granted once more where a claim could have had a copy of its shards: each is in fewer hands (`hands`, the most
-    of any) than the round allows `copies`, and its worker is not `busy` with another lease. Else it has run out, and
+    of any) than the round allows `copies`, and its worker is not `busy` with two others. Else it has run out, and
     its finished delta is welcome as any late one.
 
     Raises:

@@ -79,9 +79,11 @@ class Ledger(RoundLedger):
         self.people = People(valkey)
         self._claims = Claims(valkey, self.records)
 
-    async def claim(self, worker_id: str, now: float, seeker: Seeker | None = None) -> Lease | NoWork:
+    async def claim(
+        self, worker_id: str, now: float, seeker: Seeker | None = None, *, delivering: str = ""
+    ) -> Lease | NoWork:
         """As `Claims.claim`; by default for somebody who takes anything."""
-        return await self._claims.claim(worker_id, now, seeker or Seeker())
+        return await self._claims.claim(worker_id, now, seeker or Seeker(), delivering)
 
     async def live_leases(self, now: float) -> int:
         """As `Claims.live`."""

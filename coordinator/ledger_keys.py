@@ -21,6 +21,7 @@ Layout, version 2 (`rk1:` in front of everything; R round, L lease, W worker, sh
     round:R:receipts        hash    sha256 of an accepted delta -> JSON Receipt
     lease:L                 hash    the fields of leases.Lease
     live                    hash    W -> its granted L
+    delivering              hash    W -> its granted L whose delta is on its way while it has another
     idle                    zset    W without work by the time they were told so
     digests                 hash    sha256 of a delta -> L that handed it in
     tokens                  hash    sha256 of a bearer token -> W
@@ -62,6 +63,7 @@ TOKENS: Final = PREFIX + "tokens"
 BOARD: Final = PREFIX + "board"
 BARRIER: Final = PREFIX + "barrier"
 LIVE: Final = PREFIX + "live"
+DELIVERING: Final = PREFIX + "delivering"
 
 SURVEY_LUA: Final = files("coordinator").joinpath("lua", "survey.lua").read_text("utf-8")
 CLAIM_LUA: Final = files("coordinator").joinpath("lua", "claim.lua").read_text("utf-8")
@@ -179,7 +181,7 @@ def lease_writes(
             case leases.ForgetExpiry():
                 writes.append(["ZREM", f"{home}:expiry", lease_id])
                 writes.append(["ZREM", f"{home}:eta", lease_id])
-                writes.append(["HDELEQ", LIVE, worker_id, lease_id])
+                writes += [["HDELEQ", held, worker_id, lease_id] for held in (LIVE, DELIVERING)]
             case leases.QueueForAdmission(contribution=contribution) if submission is not None:
                 at = repr(submission.submitted_at)
                 writes.append(["ZADD", f"{key}:pending", at, lease_id])

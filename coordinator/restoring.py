@@ -48,7 +48,7 @@ FENCE_STEP: Final = 2**20
 """Above what is known of a shard; and above the milliseconds of the clock, for what an earlier restore began with."""
 REBUILDING: Final = keys.PREFIX + "rebuilding"
 """The mark of the restore that is under way, or was cut off."""
-_BEGUN: Final = ("rounds", "rounds:open", "rounds:unfinished", "digests", "live", "idle", "board")
+_BEGUN: Final = ("rounds", "rounds:open", "rounds:unfinished", "digests", "live", "delivering", "idle", "board")
 _BEGUN_SCORES: Final = ("board:credit", "teams:credit", "settled", "settled:rounds")
 _BEGUN_PATTERNS: Final = ("round:*", "lease:*", "worker:*:score", "worker:*:contributions")
 _JUDGED_IN: Final = RoundState.CLOSING

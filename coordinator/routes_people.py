@@ -301,15 +301,17 @@ async def revoke_token(worker_id: WorkerId, desk: DeskOf) -> Person:
 
 
 async def _take_lease_back(ledger: Ledger, worker_id: str, now: float) -> bool:
-    """Return the live lease of a worker, so that others get its shards; whether there was one."""
-    lease_id = await ledger.valkey.call("HGET", keys.LIVE, worker_id)
-    # It may have been handed in, or have run out, a moment ago.
-    with suppress(RankupError):
-        if lease_id is not None:
-            fence = (await ledger.lease(lease_id)).fence
-            await ledger.give_back(lease_id, worker_id, fence, "the worker was banned", now)
-            return True
-    return False
+    """Return the live leases of a worker, so that others get their shards; whether there was one."""
+    taken = False
+    for held in (keys.LIVE, keys.DELIVERING):
+        lease_id = await ledger.valkey.call("HGET", held, worker_id)
+        # It may have been handed in, or have run out, a moment ago.
+        with suppress(RankupError):
+            if lease_id is not None:
+                fence = (await ledger.lease(lease_id)).fence
+                await ledger.give_back(lease_id, worker_id, fence, "the worker was banned", now)
+                taken = True
+    return taken
 
 
 # -- for the organiser: what was done ----------------------------------------------------------------------------------

@@ -75,10 +75,10 @@ async def _own_lease(ledger: Ledger, lease_id: str, worker: Worker) -> Lease:
 async def claim(worker: CallingWorker, desk: DeskOf, asked: ClaimRequest = ANYTHING) -> ClaimAnswer:
     """Shards of an open round that fit the volunteer, or why there are none and when to ask again.
 
-    A worker that holds a lease gets that one again.
+    A worker that holds a lease gets that one again; while it delivers the delta of one, it gets another.
     """
     ledger, now = await desk.ledger(), desk.clock()
-    found = await ledger.claim(worker.worker_id, now, _seeker(worker, asked))
+    found = await ledger.claim(worker.worker_id, now, _seeker(worker, asked), delivering=asked.delivering or "")
     if isinstance(found, NoWork):
         pause_s = retry_after_s(found.why, found.idle, desk.settings)
         return ClaimAnswer(why=found.why, reason=found.reason, retry_after_s=pause_s)

@@ -326,6 +326,8 @@ class ClaimRequest(Message):
     """What a training may take now; None: all that the device had when its worker enrolled."""
     available_s: Annotated[Finite, Field(ge=0, le=31_536_000)] | None = None
     """How long the volunteer's own limits leave it to work; None: they set no end."""
+    delivering: Identifier | None = None
+    """The lease whose delta is on its way: training is done, so another one may begin beside the upload."""
 
 
 class LeaseGrant(Answer):
@@ -367,6 +369,7 @@ NoWorkCode = Literal[
     "other_models",
     "not_listed",
     "waiting",
+    "busy",
 ]
 """Why a volunteer gets no lease, for programs; people read the reason."""
 

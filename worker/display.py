@@ -60,6 +60,7 @@ _NO_WORK: Mapping[NoWorkCode | None, str] = {
     "other_models": "no open round trains a model that you asked for (--model)",
     "not_listed": "the open rounds are for volunteers that the organiser chose",
     "waiting": "the organiser has not approved this machine yet",
+    "busy": "two leases are under way already",
 }
 """Where the server gives a code without words."""
 

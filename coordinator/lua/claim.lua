@@ -1,5 +1,5 @@
 -- Lease neighbouring free shards of the first candidate that has any, or a straggler's once more, or hand a worker its
--- live lease again.
+-- live lease again. One whose delta is on its way stands aside for another, and no worker has more than these two.
 --
 -- ARGV[1]  prefix of all keys       ARGV[2]  worker id
 -- ARGV[3]  id for a new lease       ARGV[4]  now, Unix seconds
@@ -7,12 +7,15 @@
 --          (seconds that one shard should take), known (whether that was measured), copies, fitting (most shards that
 --          the worker has time for)}
 -- ARGV[6]  time before which who was told that there is no work counts no longer as idle
+-- ARGV[7]  the lease whose delta the worker delivers now, or an empty string
 -- Returns {1, fields and values of the lease...}, or {0, when the first live lease of the candidates should be over, or
--- an empty string}.
+-- an empty string}, or {-1} where the worker has two leases.
 
 local prefix, worker, new_lease, now = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local candidates = cjson.decode(ARGV[5])
 local SCANNED = 64 -- stragglers that are looked at
+local held = redis.call('HGET', prefix .. 'live', worker)
+local delivers = held and held == ARGV[7]
 
 local function whole(number)
   return string.format('%d', number)
@@ -64,13 +67,19 @@ local function grant(candidate, first, count)
   end
   redis.call('ZADD', round .. ':expiry', expires_at, new_lease)
   redis.call('ZADD', round .. ':eta', string.format('%.6f', now + expected_s), new_lease)
+  if delivers then
+    redis.call('HSET', prefix .. 'delivering', worker, held)
+  end
   redis.call('HSET', prefix .. 'live', worker, new_lease)
   return answer(lease_key)
 end
 
 -- An answer may have been lost: the lease that the worker still holds comes first, and lasts anew.
-local held = redis.call('HGET', prefix .. 'live', worker)
-if held then
+if delivers then
+  if redis.call('HEXISTS', prefix .. 'delivering', worker) == 1 then
+    return {-1}
+  end
+elseif held then
   local lease_key = prefix .. 'lease:' .. held
   local about = redis.call('HMGET', lease_key, 'round_id', 'shard', 'shards')
   local round = prefix .. 'round:' .. (about[1] or '')
@@ -115,13 +124,13 @@ for _, candidate in ipairs(granting) do
   end
 end
 
--- Nothing is free: a copy of the lease that would be over last, where this worker should be faster. It has none of its
--- own but with settled shards.
+-- Nothing is free: a copy of the lease that would be over last, where this worker should be faster, and not of its own.
 local back
 for _, candidate in ipairs(granting) do
   local round = prefix .. 'round:' .. candidate.round
   for _, lease_id in ipairs(redis.call('ZREVRANGE', round .. ':eta', 0, SCANNED - 1)) do
-    local lease = redis.call('HMGET', prefix .. 'lease:' .. lease_id, 'shard', 'shards', 'granted_at', 'expected_s')
+    local lease = redis.call('HMGET', prefix .. 'lease:' .. lease_id, 'shard', 'shards', 'granted_at', 'expected_s',
+      'worker_id')
     local first, count = tonumber(lease[1]), tonumber(lease[2])
     local ends_at = tonumber(redis.call('ZSCORE', round .. ':eta', lease_id))
     local slow
@@ -130,7 +139,7 @@ for _, candidate in ipairs(granting) do
     else
       slow = now > tonumber(lease[3]) + 1.5 * tonumber(lease[4])
     end
-    if slow and candidate.copies > 1 and count <= candidate.fitting then
+    if slow and lease[5] ~= worker and candidate.copies > 1 and count <= candidate.fitting then
       local shards, free_hands = span(first, count), true
       for _, holders in ipairs(redis.call('HMGET', round .. ':holders', unpack(shards))) do
         free_hands = free_hands and tonumber(holders or 0) < candidate.copies

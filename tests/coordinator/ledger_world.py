@@ -163,7 +163,7 @@ def audit(valkey: ValkeyServer, round_id: str = "r1", *, forgotten: bool = False
     assert set(client.zrange(part("eta"), 0, -1)) == by_state[LeaseState.GRANTED]
     live = {
         lease_id
-        for lease_id in client.hvals(keys.LIVE)
+        for lease_id in client.hvals(keys.LIVE) + client.hvals(keys.DELIVERING)
         if client.hget(keys.lease_key(lease_id), "round_id") == round_id
     }
     assert live <= by_state[LeaseState.GRANTED]

@@ -77,7 +77,7 @@ ADOPTIONS: dict[str, tuple[dict[str, Any], LeaseState | None]] = {
     "the round is closing": ({"round_state": RoundState.CLOSING}, GRANTED),
     "somebody has them, and two may": ({"hands": 1, "copies": 2}, GRANTED),
     "as many have them as may": ({"hands": 2, "copies": 2}, EXPIRED),
-    "its worker has another lease": ({"busy": True}, EXPIRED),
+    "its worker has two other leases": ({"busy": True}, EXPIRED),
     "another delta was accepted": ({"accepted_by": "l-2"}, None),
     "the fold has begun, and nobody takes late ones": ({"round_state": RoundState.AGGREGATING}, None),
     "the fold has begun, and the next round takes it": (
@@ -197,15 +197,35 @@ def test_of_a_shard_with_an_accepted_delta_no_lease_is_taken_up(valkey: ValkeySe
     play(valkey, scenario)
 
 
-def test_a_worker_with_another_lease_gets_no_second_one(valkey: ValkeyServer) -> None:
+def test_a_worker_with_two_other_leases_gets_no_third_one(valkey: ValkeyServer) -> None:
     async def scenario(ledger: Ledger) -> None:
-        await ledger.create_round(record(ROUND), NOW)
+        await ledger.create_round(record(ROUND, shards=6), NOW)
         await claim(ledger, "w-2")
-        old = await claim(ledger, "w-1")
+        delivered = await claim(ledger, "w-1")
+        trained = await ledger.claim("w-1", NOW, delivering=delivered.lease_id)
+        assert isinstance(trained, Lease)
         await forget(valkey, ledger)
         new = await claim(ledger, "w-1")
-        assert (await adopt(ledger, told(old), NOW)).state is EXPIRED
+        assert (await adopt(ledger, told(trained), NOW)).state is LeaseState.GRANTED
+        assert (await adopt(ledger, told(delivered), NOW)).state is EXPIRED
         assert (await claim(ledger, "w-1")).lease_id == new.lease_id
+        audit(valkey, ROUND, forgotten=True)
+
+    play(valkey, scenario)
+
+
+def test_the_lease_that_is_delivered_and_the_one_that_is_trained_are_both_taken_up(valkey: ValkeyServer) -> None:
+    async def scenario(ledger: Ledger) -> None:
+        await ledger.create_round(record(ROUND, shards=6), NOW)
+        delivered = await claim(ledger, "w-1")
+        trained = await ledger.claim("w-1", NOW, delivering=delivered.lease_id)
+        assert isinstance(trained, Lease)
+        await forget(valkey, ledger)
+        for lease in (trained, delivered):
+            assert (await adopt(ledger, told(lease), NOW)).state is LeaseState.GRANTED
+        for lease in (delivered, trained):
+            await ledger.submit(lease.lease_id, "w-1", submission(lease), NOW)
+        assert not valkey.client().exists(keys.LIVE, keys.DELIVERING)
         audit(valkey, ROUND, forgotten=True)
 
     play(valkey, scenario)

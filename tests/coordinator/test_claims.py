@@ -320,6 +320,62 @@ def test_a_worker_that_lost_the_answer_gets_its_lease_again_while_its_round_is_p
     play(valkey, scenario)
 
 
+def test_while_a_delta_is_delivered_its_worker_gets_another_lease_and_no_third(valkey: ValkeyServer) -> None:
+    async def scenario(ledger: Ledger) -> None:
+        await ledger.create_round(record(shards=9), NOW)
+        first = await claim(ledger, "w-1")
+        other = await ledger.claim("w-1", NOW, delivering="l-0000000000000000")
+        assert isinstance(other, Lease)
+        assert other.lease_id == first.lease_id, "of a lease that it does not hold nothing is believed"
+        second = await ledger.claim("w-1", NOW, delivering=first.lease_id)
+        assert isinstance(second, Lease)
+        assert (second.lease_id != first.lease_id, set(second.numbers) & set(first.numbers)) == (True, set())
+        # The answer was lost.
+        again = await ledger.claim("w-1", NOW + 1, delivering=first.lease_id)
+        assert isinstance(again, Lease)
+        assert (again.lease_id, again.fence) == (second.lease_id, second.fence)
+        refused = await ledger.claim("w-1", NOW + 1, delivering=second.lease_id)
+        assert isinstance(refused, NoWork)
+        assert refused.why == "busy"
+        await ledger.submit(first.lease_id, "w-1", submission(first), NOW + 2)
+        third = await ledger.claim("w-1", NOW + 2, delivering=second.lease_id)
+        assert isinstance(third, Lease)
+        for lease in (second, third):
+            await ledger.heartbeat(lease.lease_id, "w-1", Heartbeat(fence=lease.fence), NOW + 3)
+            await ledger.submit(lease.lease_id, "w-1", submission(lease), NOW + 3)
+        assert not valkey.client().exists(keys.LIVE, keys.DELIVERING)
+
+    play(valkey, scenario)
+
+
+@pytest.mark.parametrize("end", ["expires", "returned"])
+def test_a_delivery_that_comes_to_nothing_leaves_room_for_another_lease(valkey: ValkeyServer, end: str) -> None:
+    async def scenario(ledger: Ledger) -> None:
+        await ledger.create_round(record(shards=9), NOW)
+        first = await claim(ledger, "w-1")
+        second = await ledger.claim("w-1", NOW + LEASE_S / 2, delivering=first.lease_id)
+        assert isinstance(second, Lease)
+        if end == "expires":
+            await ledger.reap("r1", NOW + LEASE_S + 1)
+        else:
+            await ledger.give_back(first.lease_id, "w-1", first.fence, "", NOW + 1)
+        assert isinstance(await ledger.claim("w-1", NOW + LEASE_S + 1, delivering=second.lease_id), Lease)
+
+    play(valkey, scenario)
+
+
+def test_nobody_gets_a_copy_of_a_lease_of_their_own(valkey: ValkeyServer) -> None:
+    async def scenario(ledger: Ledger) -> None:
+        await ledger.create_round(record(shards=1, copies=2, lease_target_s=10), NOW)
+        slow = await claim(ledger, "w-1")
+        beside = await ledger.claim("w-1", NOW + 50, delivering=slow.lease_id)
+        assert isinstance(beside, NoWork)
+        assert beside.why == "all_handed_out"
+        assert isinstance(await ledger.claim("w-2", NOW + 50), Lease)
+
+    play(valkey, scenario)
+
+
 def test_a_round_that_is_paused_after_it_was_looked_at_grants_nothing(valkey: ValkeyServer) -> None:
     async def scenario(ledger: Ledger) -> None:
         await ledger.create_round(record(), NOW)
@@ -397,14 +453,16 @@ class Drain(RuleBasedStateMachine):
     def clock_moves(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(worker_id=st.sampled_from(WORKERS), available_s=st.none() | st.floats(0, 200))
-    def claims(self, worker_id: str, available_s: float | None) -> None:
+    @rule(worker_id=st.sampled_from(WORKERS), available_s=st.none() | st.floats(0, 200), delivers=st.booleans())
+    def claims(self, worker_id: str, available_s: float | None, delivers: bool) -> None:
         before, status = self.fences(), self.run(self.ledger.round("r1"))
         accepted = {int(shard) for shard in self.server.client().hkeys(self.part("accepted"))}
-        found = self.run(self.ledger.claim(worker_id, self.now, Seeker(available_s=available_s)))
+        held = (self.server.client().hget(keys.LIVE, worker_id) or "") if delivers else ""
+        found = self.run(self.ledger.claim(worker_id, self.now, Seeker(available_s=available_s), delivering=held))
         if isinstance(found, NoWork):
-            assert status.facts.counts.free == 0 or found.why == "too_little_time"
+            assert status.facts.counts.free == 0 or found.why in ("too_little_time", "busy")
             return
+        assert found.lease_id != held
         assert found.worker_id == worker_id
         if found.lease_id in self.given:
             assert found.numbers == self.given[found.lease_id].numbers
@@ -456,9 +514,9 @@ class Drain(RuleBasedStateMachine):
         assert all(count <= COPIES for count in hands.values())
         for worker_id in WORKERS:
             mine = [lease for lease in stored if lease.worker_id == worker_id and lease.state is LeaseState.GRANTED]
-            live = client.hget(keys.LIVE, worker_id)
-            # A worker has one live lease, and besides it at most some whose shards are settled.
-            idle = [lease for lease in mine if lease.lease_id != live]
+            live = {client.hget(place, worker_id) for place in (keys.LIVE, keys.DELIVERING)}
+            # A worker has one live lease beside one that it delivers, and at most some whose shards are settled.
+            idle = [lease for lease in mine if lease.lease_id not in live]
             assert all(accepted.intersection(lease.numbers) for lease in idle)
 
 

@@ -243,6 +243,14 @@ class Campaign(RuleBasedStateMachine):
             got.setdefault(worker, set()).add(answer.lease_id if isinstance(answer, Lease) else None)
         assert {len(leases) for leases in got.values()} == {1}, "who asks twice gets the same answer"
 
+    @rule(worker=st.sampled_from(WORKERS))
+    def somebody_claims_beside_a_delivery(self, worker: str) -> None:
+        held = self.client.hget(keys.LIVE, worker)
+        status, before = self.state(), dict(self.granted)
+        answer = self.call(self.ledger.claim(worker, self.now, delivering=held or ""))
+        assert not (isinstance(answer, Lease) and answer.lease_id == held)
+        self.note_grant(worker, answer, status, before)
+
     @rule(which=PLACES, step=st.integers(0, 12))
     def somebody_beats(self, which: int, step: int) -> None:
         for lease in self.any_lease(which):
@@ -446,8 +454,11 @@ class Campaign(RuleBasedStateMachine):
             assert len(set(fences)) == len(fences) >= 1
         assert now.pending == {lease.lease_id for lease in judged_here if lease.state is LeaseState.SUBMITTED}
         assert now.receipts == {lease.contribution for lease in judged_here if lease.state is LeaseState.ACCEPTED}
-        useful = [lease.worker_id for lease in training if not settled.keys() & set(lease.numbers)]
-        assert len(set(useful)) == len(useful), "nobody has two leases to train"
+        useful = [lease for lease in training if not settled.keys() & set(lease.numbers)]
+        assert max(Counter(lease.worker_id for lease in useful).values(), default=0) <= 2, "nobody has three leases"
+        delivered = self.client.hvals(keys.DELIVERING)
+        to_train = [lease.worker_id for lease in useful if lease.lease_id not in delivered]
+        assert len(set(to_train)) == len(to_train), "nobody has two leases to train"
 
     def check_counts(self, now: Snapshot, leases: Collection[Lease]) -> None:
         counts = self.status.facts.counts

@@ -228,6 +228,16 @@ def test_a_ban_refuses_every_call_says_why_and_frees_the_shard(world: World) -> 
     assert world.http.get(f"/v1/rounds/{round_id}").json()["state"] == "open"
 
 
+def test_a_ban_frees_the_shard_that_is_trained_and_the_one_whose_delta_is_on_its_way(world: World) -> None:
+    world.open_round(shards=2)
+    eve, ada, bob = world.join("eve"), world.join("ada"), world.join("bob")
+    first = world.claim(eve)
+    second = world.http.post("/v1/leases", json={"delivering": first.lease_id}, headers=eve.auth).json()["lease"]
+    assert {first.shard, second["shard"]} == {0, 1}
+    manage(world, f"/v1/people/{eve.worker_id}/ban", {"reason": "copies"})
+    assert {world.claim(ada).shard, world.claim(bob).shard} == {0, 1}
+
+
 def test_the_organiser_sees_what_a_worker_did(world: World) -> None:
     round_id = world.open_round(shards=1)["round_id"]
     ada = world.join("ada")
