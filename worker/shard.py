@@ -46,14 +46,15 @@ def read_rows(paths: Sequence[Path], method: Method = "sft") -> list[dict[str, A
         columns = fields
         if "images" in fields:
             require_pictured(row)
-        # Raises where a setting would be more than one.
-        template_settings(row)
-        if method == "distillation" and (words := needs(row)):
+        chat = "images" not in fields and any(isinstance(row[name], list) for name in fields)
+        kept = {name: row[name] for name in sorted((fields | set(CARRIED if chat else ())) & row.keys())}
+        template_settings(kept)  # raises where a setting would be more than one
+        if method == "distillation" and (words := needs(kept)):
             raise InputError(
                 f"{where} has {', '.join(sorted(words))}, of which distillation makes no use",
                 remedy="The organiser should choose the method sft, or a dataset of plain conversations.",
             )
-        rows.append({name: row[name] for name in sorted((fields | set(CARRIED)) & row.keys())})
+        rows.append(kept)
     if not rows:
         raise InputError("the shard is empty" if len(paths) == 1 else f"all {len(paths)} shards are empty")
     return rows

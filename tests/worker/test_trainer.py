@@ -280,7 +280,7 @@ def test_rows_keep_what_trl_knows_and_lines_end_only_at_newlines(tmp_path: Path)
     path = tmp_path / "shard.jsonl"
     rows = [{"text": "a\u2028b\x85", "source": "x", "tools": "[]"}, {"text": "c"}]
     path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
-    assert read_rows([path]) == [{"text": "a\u2028b\x85", "tools": "[]"}, {"text": "c"}]
+    assert read_rows([path]) == [{"text": "a\u2028b\x85"}, {"text": "c"}]
 
 
 @pytest.mark.parametrize(("losses", "ends"), [([4.0], (4.0, 4.0)), ([5.0, 4, 3, 2, 1, 1, 1, 1, 1, 0], (4.5, 0.5))])
