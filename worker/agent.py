@@ -10,7 +10,8 @@
     shards   download, sizes and hashes checked
     train    child process; its steps go to the heartbeat and to the display; pauses and retries (`worker.leasework`)
     keep     the finished delta goes into the outbox before anything else
-    deliver  upload, submit; the verdict is asked for later, the next lease does not wait for it
+    deliver  upload, submit; the verdict is asked for later, the next lease does not wait for it, nor for an upload that
+             takes longer than a moment (`worker.courier`)
 
 What always holds (the protocol's invariants first):
 - every message about a lease repeats its fence; a lease is delivered, returned, or told to be over by the server;
@@ -60,6 +61,7 @@ from worker import device, identity, tracking
 from worker.base import PullBase, pull_base
 from worker.client import GatewayClient, StopRequested
 from worker.control import ControlServer, socket_path
+from worker.courier import Courier
 from worker.delivery import Delivery, TransferHeld
 from worker.desk import Desk
 from worker.disk import full_disk_means_disk_full
@@ -94,9 +96,12 @@ from worker.training import TRAINER_COMMAND
 from worker.vouching import with_voucher
 
 MAX_FAILURES_IN_A_ROW = 3
+OVERLAP_AFTER_S = 5.0
+"""An upload that takes longer goes on beside the next lease."""
 _LAST_WORDS_TIMEOUT_S = 10.0
 _VERDICT_LOOK_S = 0.5
 _PAUSE_LOOK_S = 0.2
+_CALLED_OFF = "the worker ends"
 _STOPPED = "the volunteer stopped the worker"
 _LEFT = "the volunteer left"
 
@@ -251,8 +256,9 @@ class _Agent:
             patient=self._patient,
             steady=self._steady,
             report=tally,
-            hold=governor.transfer_hold,
+            hold=lambda: _CALLED_OFF if self._courier.called_off else governor.transfer_hold(),
         )
+        self._courier = Courier(self._deliver, stop)
         self._leases = LeaseWork(
             server,
             settings,
@@ -267,6 +273,7 @@ class _Agent:
         )
 
     def close(self) -> None:
+        self._courier.call_off(_LAST_WORDS_TIMEOUT_S)
         self._patient.close()
         self._steady.close()
 
@@ -281,8 +288,12 @@ class _Agent:
         leases = 0
         kept = kept_grants(self._folder)
         while True:
-            self._deliver()
-            if (max_leases is not None and leases >= max_leases) or self._governor.finishing:
+            enough = (max_leases is not None and leases >= max_leases) or self._governor.finishing
+            if enough:
+                self._courier.finish()
+            if self._courier.wait(0):
+                self._deliver()
+            if enough:
                 return
             if kept:
                 leases += self._go_on_with(kept.pop(0))
@@ -291,7 +302,7 @@ class _Agent:
             if held is not None:
                 self._sit_out(held)
                 continue
-            if self._outbox.items(OutboxState.READY):
+            if self._undelivered():
                 continue  # What held its upload up is over.
             answer = self._membership.with_token(lambda: self._patient.claim(self._wishes()))
             if answer.lease is None:
@@ -307,7 +318,12 @@ class _Agent:
             models=self._settings.models,
             memory_bytes=device.free_memory(self._settings.device),
             available_s=self._governor.available_s(),
+            delivering=self._courier.lease_id,
         )
+
+    def _undelivered(self) -> bool:
+        """Whether a delta is ready and nobody is delivering."""
+        return self._courier.lease_id is None and bool(self._outbox.items(OutboxState.READY))
 
     def _deliver(self) -> None:
         """Upload and submit what is ready, if anything may be uploaded now, and ask for verdicts."""
@@ -326,7 +342,7 @@ class _Agent:
         self._report(Paused(reason))
         while not self._governor.finishing:
             transfer_held = self._governor.transfer_hold() is not None
-            if not transfer_held and (self._governor.hold() is None or self._outbox.items(OutboxState.READY)):
+            if not transfer_held and (self._governor.hold() is None or self._undelivered()):
                 break
             self._wait(_PAUSE_LOOK_S)
         self._report(Resumed())
@@ -385,14 +401,17 @@ class _Agent:
         )
         with (
             lease_folder(self._folder, grant) as lease,
-            Heart(
-                self._steady,
-                grant,
-                self._report,
-                self._ask_verdicts,
-                with_token=self._membership.with_token_if_possible,
-            ) as heart,
+            ExitStack() as beating,
         ):
+            heart = beating.enter_context(
+                Heart(
+                    self._steady,
+                    grant,
+                    self._report,
+                    self._ask_verdicts,
+                    with_token=self._membership.with_token_if_possible,
+                )
+            )
             try:
                 with full_disk_means_disk_full(self._settings.home):
                     self._leases.train(lease, heart, self._membership.publisher_key)
@@ -426,7 +445,9 @@ class _Agent:
                 self._give_back(grant, _STOPPED)
                 raise
             self._failures = 0
-            self._deliver()
+            self._courier.finish()
+            self._courier.send(grant.lease_id, beating.pop_all())
+            self._courier.wait(OVERLAP_AFTER_S)
 
     def _keep_or_give_back(self, lease: Lease) -> None:
         """The worker ends in the middle of a lease. What was trained is kept as long as the lease may still be ours."""

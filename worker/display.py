@@ -175,15 +175,19 @@ class PlainDisplay:
         self._write = write
         self._clock = clock
         self._quiet_s = quiet_s
-        self._last: tuple[type[WorkerEvent], float] | None = None
+        self._last: dict[type[WorkerEvent], float] = {}
+        """When a line of each kind was written, since the last event that has one of its own."""
 
     def __call__(self, event: WorkerEvent) -> None:
         now = self._clock()
-        if isinstance(event, Step | Answering | Downloading | Uploading | Waiting | NoWork) and self._last is not None:
-            kind, then = self._last
-            if kind is type(event) and now - then < self._quiet_s and not _is_last(event):
+        kind = type(event)
+        if isinstance(event, Step | Answering | Downloading | Uploading | Waiting | NoWork):
+            # Two kinds may take turns: an upload and the steps of the next lease.
+            if kind in self._last and now - self._last[kind] < self._quiet_s and not _is_last(event):
                 return
-        self._last = (type(event), now)
+        else:
+            self._last.clear()
+        self._last[kind] = now
         self._write(describe(event))
 
 
@@ -203,6 +207,7 @@ class LiveDisplay:
         self._console = console
         self._now = Text("Starting")
         self._bar: tuple[int, int] | None = None
+        self._lease = self._beside = ""
         self._numbers = ""
         self._accepted = self._rejected = self._tokens = 0
         self._live = Live(self, console=console, refresh_per_second=4, transient=True)
@@ -216,6 +221,9 @@ class LiveDisplay:
 
     def __call__(self, event: WorkerEvent) -> None:
         words = describe(event)
+        if isinstance(event, Uploading) and self._lease not in ("", event.lease_id):
+            self._beside = words
+            return
         self._now = Text(words.partition("\n")[0])
         match event:
             case Step():
@@ -224,6 +232,7 @@ class LiveDisplay:
             case Answering() | Downloading() | Uploading():
                 self._bar = (event.done, max(1, event.total))
             case Submitted():
+                self._beside = ""
                 self._tokens += event.tokens
                 self._lasting(words, "cyan")
             case Verdict():
@@ -235,6 +244,7 @@ class LiveDisplay:
             case Abandoned() | Paused() | Kept():
                 self._lasting(words, "yellow")
             case Enrolled() | PageOpened() | Claimed():
+                self._lease = event.lease_id if isinstance(event, Claimed) else ""
                 self._numbers = ""
                 self._lasting(words, "bold")
             case NoWork() | Waiting() | Starting() | Resumed():
@@ -247,7 +257,8 @@ class LiveDisplay:
         score = (
             f"{self._accepted} accepted · {self._rejected} rejected · {self._tokens} tokens handed in · Ctrl-C stops"
         )
-        return Group(self._now, row, Text(score, style="dim"))
+        beside = [Text(f"{self._beside} (of the lease before)", style="cyan")] if self._beside else []
+        return Group(self._now, row, *beside, Text(score, style="dim"))
 
     def _lasting(self, words: str, style: str) -> None:
         self._bar = None

@@ -49,6 +49,7 @@ LEAVING: tuple[Leaving, ...] = (
     Leaving(_CLAIM, "models", "--model, if you name any", "which round fits"),
     Leaving(_CLAIM, "memory_bytes", "free memory of the card, or of the machine, at that moment", "which round fits"),
     Leaving(_CLAIM, "available_s", "seconds until your hours end, if you set hours", "how many shards fit"),
+    Leaving(_CLAIM, "delivering", "the lease whose delta is still being uploaded", "the next lease beside it"),
     Leaving(_WORK, "lease_id, fence", "which lease is meant; in every message about it", "two holders of one shard"),
     Leaving(_WORK, "voucher", "what the server gave with the lease, sent back when it has lost its data", "your work"),
     Leaving(_WORK, "step", "optimiser steps done, every few seconds, also while paused", "progress of the round"),

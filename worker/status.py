@@ -77,6 +77,15 @@ class LeaseStatus(Answer):
     """Seconds until the last step, at the pace of the steps so far; None before the second one."""
 
 
+class UploadStatus(Answer):
+    """A delta on its way, of the present lease or of the one before."""
+
+    lease_id: str
+    done: int
+    """Bytes."""
+    total: int
+
+
 class Credit(Answer):
     """What this machine has done for the server so far, this run and earlier ones."""
 
@@ -106,6 +115,7 @@ class Status(Answer):
     leaving: bool = False
     """It ends now, and the lease goes back."""
     lease: LeaseStatus | None = None
+    upload: UploadStatus | None = None
     outbox_ready: int = 0
     """Finished deltas still to be uploaded."""
     outbox_submitted: int = 0
@@ -130,6 +140,7 @@ class _Picture:
     doing: Doing = Doing.STARTING
     reason: str = ""
     claimed: Claimed | None = None
+    upload: Uploading | None = None
     step: Step | None = None
     first: tuple[int, float] | None = None
     """Step and time at which this training was first seen."""
@@ -186,6 +197,9 @@ class Board:
             finishing=governor.finishing,
             leaving=governor.leaving,
             lease=self._lease(now),
+            upload=UploadStatus(lease_id=now.upload.lease_id, done=now.upload.done, total=now.upload.total)
+            if now.upload is not None
+            else None,
             outbox_ready=count[OutboxState.READY],
             outbox_submitted=count[OutboxState.SUBMITTED],
             bytes_up=day.up,
@@ -222,7 +236,10 @@ class Board:
                     now, doing=Doing.TRAINING, reason="", step=event, first=now.first or (event.step, at), last_s=at
                 )
             case Uploading():
-                return replace(now, doing=Doing.UPLOADING, reason="")
+                # The next lease may be trained meanwhile.
+                if now.claimed is not None and now.claimed.lease_id != event.lease_id:
+                    return replace(now, upload=event)
+                return replace(now, doing=Doing.UPLOADING, reason="", upload=event)
             case Paused():
                 # What follows the pause; while it lasts, the governor's word is shown.
                 return replace(now, doing=Doing.LOADING if now.claimed is not None else Doing.IDLE, reason="")
@@ -232,7 +249,10 @@ class Board:
                 training = now.doing is Doing.TRAINING
                 return replace(now, doing=now.doing if training else Doing.WAITING, reason=event.reason)
             case Submitted() | Abandoned() | Dropped() | Kept():
-                return replace(now, doing=Doing.IDLE, reason="", claimed=None)
+                upload = now.upload if now.upload is None or now.upload.lease_id != event.lease_id else None
+                if now.claimed is not None and now.claimed.lease_id != event.lease_id:
+                    return replace(now, upload=upload)
+                return replace(now, doing=Doing.IDLE, reason="", claimed=None, upload=upload)
         return now
 
     def _lease(self, now: _Picture) -> LeaseStatus | None:

@@ -293,10 +293,12 @@ def describe(status: Status) -> list[tuple[str, str]]:
         shards = shards_in_words(lease.shard, lease.shards)
         lines.append(("lease", f"{shards} of {lease.round_id}, {lease.model} version {lease.base_version}"))
         lines.append(("", ", ".join(numbers)))
-    credit = status.credit
+    credit, ready = status.credit, f"{status.outbox_ready} to upload"
+    if status.upload is not None:
+        ready += f" ({human_bytes(status.upload.done)} of {human_bytes(status.upload.total)} sent)"
     changed = status.limits.model_dump(mode="json", exclude_defaults=True).items()
     lines += [
-        ("outbox", f"{status.outbox_ready} to upload, {status.outbox_submitted} waiting for their verdict"),
+        ("outbox", f"{ready}, {status.outbox_submitted} waiting for their verdict"),
         ("today", f"{human_bytes(status.bytes_up)} up, {human_bytes(status.bytes_down)} down"),
         ("credit", f"{credit.accepted} accepted, {credit.rejected} rejected, {credit.tokens} tokens"),
         ("limits", ", ".join(f"{name}={limits.value_in_words(value)}" for name, value in changed) or "defaults"),

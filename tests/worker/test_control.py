@@ -19,7 +19,7 @@ from rankup.errors import InputError, NotFoundError, SetupError, StateError, Unr
 from worker import control
 from worker.control import MAX_REQUEST_BYTES, ControlServer, Reply, Request, ask, find_socket, socket_path
 from worker.limits import Limits
-from worker.status import Credit, Doing, LeaseStatus, Status
+from worker.status import Credit, Doing, LeaseStatus, Status, UploadStatus
 
 STATUS = Status(
     pid=7,
@@ -193,6 +193,13 @@ def test_the_status_tells_everything_in_a_few_lines() -> None:
         "limits": "week=sun off, exclusive_app=cs2",
         "note": "no battery",
     }
+
+
+def test_the_status_tells_how_far_an_upload_is() -> None:
+    uploading = STATUS.model_copy(
+        update={"outbox_ready": 1, "upload": UploadStatus(lease_id="l0", done=500_000, total=2_000_000)}
+    )
+    assert dict(describe(uploading))["outbox"] == ("1 to upload (500.0 kB of 2.0 MB sent), 0 waiting for their verdict")
 
 
 @pytest.mark.parametrize(("options", "shown"), [([], "shard 4 of r1"), (["--json"], '"lease_id":"l1"')])

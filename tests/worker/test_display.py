@@ -110,6 +110,41 @@ def test_plain_lines_thin_out_steps_but_keep_first_and_last() -> None:
     assert [line.split()[1] for line in lines] == ["1", "5", "9", "10"]
 
 
+def test_an_upload_and_the_steps_of_the_next_lease_thin_out_each_for_itself() -> None:
+    now = [0.0]
+    lines: list[str] = []
+    display = PlainDisplay(lines.append, clock=lambda: now[0])
+    display(Claimed("l2", "r1", "tiny", 3, 5, 20))
+    for step in range(1, 21):
+        display(Step(step, 20, 1.0, 1.0))
+        display(Uploading("l1", step * 1024, 21 * 1024))
+        now[0] += 0.5
+    assert [line.split()[0] for line in lines].count("Step") == 6
+    assert [line.split()[0] for line in lines].count("Uploading") == 5
+
+
+def test_the_live_view_shows_an_upload_beside_the_training_of_the_next_lease() -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=120)
+    display = LiveDisplay(console)
+    for event in (
+        Claimed("l1", "r1", "tiny", 3, 5, 25),
+        Uploading("l1", 1, 2048),
+        Claimed("l2", "r1", "tiny", 3, 6, 25),
+        Step(3, 25, 2.0, 81.0),
+        Uploading("l1", 1024, 2048),
+    ):
+        display(event)
+    with console.capture() as shown:
+        console.print(display)
+    assert "Step 3 of 25" in shown.get()
+    assert "Uploading the delta: 1.0 KiB of 2.0 KiB (of the lease before)" in shown.get()
+    display(Submitted("l1", "ab" * 32, 99))
+    with console.capture() as shown:
+        console.print(display)
+    assert "of the lease before" not in shown.get()
+
+
 def test_output_that_is_no_terminal_gets_plain_lines() -> None:
     output = io.StringIO()
     with open_display(console=Console(file=output, width=20)) as report:

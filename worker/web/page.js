@@ -53,7 +53,8 @@ function draw(scene) {
   put("tokens", number(credit.tokens));
   put("up", bytes(status.bytes_up));
   put("down", bytes(status.bytes_down));
-  put("ready", number(status.outbox_ready));
+  const upload = status.upload;
+  put("ready", number(status.outbox_ready) + (upload ? ` (${Math.floor((100 * upload.done) / upload.total)} %)` : ""));
   put("submitted", number(status.outbox_submitted));
   put("process", `Process ${status.pid}, up ${duration(status.uptime_s)}, ${status.worker_id}`);
   lines("notes", status.unread);
