@@ -4,8 +4,8 @@ Claims: a lease trains at 98 % or more of the speed of plain TRL and of a bare P
 faster; what is around the training takes less than a twentieth of a lease; a pause frees the memory within 5 seconds.
 Each goal is reported as met or missed, with the reason.
 
-    python benchmarks/worker.py                      # all of it, on SmolLM2-135M (about 15 minutes)
-    python benchmarks/worker.py --only speed         # one part: speed, around, leases or pauses
+    python benchmarks/worker.py                      # all of it, on SmolLM2-135M (about 20 minutes)
+    python benchmarks/worker.py --only speed         # one part: speed, around, leases, uplink or pauses
     python benchmarks/worker.py --quick              # a tiny model, everything once; writes no page
     python benchmarks/worker.py --json numbers.json  # the tables as JSON
 
@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from results import Part, Say, keep, measure, show
 from worker_around import around, pauses
-from worker_lease import leases
+from worker_lease import leases, uplink
 from worker_part import Scale
 from worker_speed import speed
 
@@ -40,6 +40,7 @@ PARTS: Final[Mapping[str, Callable[[Scale, Say], Part]]] = {
     "speed": speed,
     "around": around,
     "leases": leases,
+    "uplink": uplink,
     "pauses": pauses,
 }
 

@@ -1,4 +1,5 @@
-"""What a volunteer waits for around two leases of a real server, from claim to verdict, by the worker's events."""
+"""What a volunteer waits for around the leases of a real server, from claim to verdict, by the worker's events: on a
+fast line, and on a slow one, where a delta goes up while the next lease is trained."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ from results import Part, Say
 from worker_part import LEASE_S, Scale
 
 STEPS = 4
+UPLINK_STEPS, UPLINK_LEASES, UPLINK_S = 24, 4, 40.0
+"""A line on which a delta takes about so long as its training."""
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Leg:
 
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    size_bytes: int = 0
+    """Of its delta."""
 
     def note(self, name: str, at: float) -> None:
         self.first.setdefault(name, at)
@@ -36,15 +41,9 @@ def leases(scale: Scale, say: Say) -> Part:
     part = Part("Two leases of a real server")
     home = Path(tempfile.mkdtemp(dir=scale.scratch))
     with whole_server(home / "server", {}) as server:
-        say("a model and a dataset")
-        _rankup(server, "model", "import", scale.model, "--name", "bench")
-        _rankup(server, "dataset", "build", "pydocs", "--pydocs", "--shard-rows", "64")
-        wanted = {"model": "bench", "dataset": "pydocs", "shards": 2, "max_shards_per_lease": 1}
-        file = home / "round.json"
-        file.write_text(json.dumps(wanted | {"recipe": {"steps": STEPS}}))
-        _rankup(server, "round", "create", str(file))
+        _open_round(server, home, scale, say, shards=2, steps=STEPS)
         say("two leases")
-        first, second = _work(server, home / "volunteer")
+        first, second = _work(server, home / "volunteer", 2)
     table = part.table(
         f"{scale.model}, {STEPS} steps a lease, server and volunteer on the same machine; seconds",
         *("what", "first lease", "second lease", "share of a lease of 20 minutes"),
@@ -75,6 +74,52 @@ def leases(scale: Scale, say: Say) -> Part:
     return part
 
 
+def uplink(scale: Scale, say: Say) -> Part:
+    part = Part("Leases on a slow line")
+    home = Path(tempfile.mkdtemp(dir=scale.scratch))
+    with whole_server(home / "server", {}) as server:
+        _open_round(server, home, scale, say, shards=UPLINK_LEASES, steps=UPLINK_STEPS)
+        say("one lease, to know how large a delta is")
+        (probe,) = _work(server, home / "volunteer", 1)
+        rate = int(probe.size_bytes / UPLINK_S)
+        say(f"{UPLINK_LEASES - 1} leases with {rate / 1000:.0f} kB/s upwards")
+        legs = _work(server, home / "volunteer", UPLINK_LEASES - 1, f"max_bytes_sec_up={rate}")
+    table = part.table(
+        f"{scale.model}, {UPLINK_STEPS} steps a lease, {rate / 1000:.0f} kB/s upwards; seconds",
+        *("lease", "claim to last step", "upload and submission", "last step to the next claim"),
+    )
+    trains = [leg.last["step"] - leg.first["claimed"] for leg in legs]
+    before, uploads = 0.0, list[float]()
+    for leg in legs:
+        # It begins when that of the lease before is there.
+        uploads.append(leg.first["submitted"] - max(leg.last["step"], before))
+        before = leg.first["submitted"]
+    for number, leg in enumerate(legs):
+        following = f"{legs[number + 1].first['claimed'] - leg.last['step']:.1f}" if number + 1 < len(legs) else ""
+        table.row(str(number + 1), f"{trains[number]:.1f}", f"{uploads[number]:.1f}", following)
+    wall, serial = before - legs[0].first["claimed"], sum(trains) + sum(uploads)
+    floor = max(sum(trains) + uploads[-1], trains[0] + sum(uploads))
+    part.goal(
+        "all leases within 5% of what training or line alone would allow",
+        f"{wall:.0f} s, {wall / floor:.1%} of {floor:.0f} s; one after the other they would take {serial:.0f} s",
+        met=wall <= 1.05 * floor,
+        why="see the table",
+    )
+    part.notes.append("The next lease is claimed when an upload has taken 3 s: shorter ones are waited for.")
+    part.versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "ray")}
+    return part
+
+
+def _open_round(server: Server, home: Path, scale: Scale, say: Say, *, shards: int, steps: int) -> None:
+    say("a model and a dataset")
+    _rankup(server, "model", "import", scale.model, "--name", "bench")
+    _rankup(server, "dataset", "build", "pydocs", "--pydocs", "--shard-rows", "64")
+    wanted = {"model": "bench", "dataset": "pydocs", "shards": shards, "max_shards_per_lease": 1}
+    file = home / "round.json"
+    file.write_text(json.dumps(wanted | {"recipe": {"steps": steps}}))
+    _rankup(server, "round", "create", str(file))
+
+
 def _span(leg: Leg, begin: str, end: str) -> float:
     start = leg.last["step"] if begin == "step-end" else leg.first[begin]
     return leg.first[end] - start
@@ -85,7 +130,7 @@ def _rankup(server: Server, *arguments: str) -> None:
     subprocess.run(command, env=dict(server.environment), check=True, stdout=subprocess.DEVNULL)
 
 
-def _work(server: Server, home: Path) -> tuple[Leg, Leg]:
+def _work(server: Server, home: Path, leases: int, *limits: str) -> list[Leg]:
     environment = {**server.environment, **QUIET, "RANKUP_WORKER_HOME": str(home), "PYTHONPATH": str(FOLDER.parent)}
     environment |= {"RANKUP_WORKER_DEDICATED": "true", "RANKUP_WORKER_PAGE_PORT": "off"}
     environment.pop("OMP_NUM_THREADS", None)
@@ -97,10 +142,12 @@ def _work(server: Server, home: Path) -> tuple[Leg, Leg]:
         "join",
         server.url,
         "--max-leases",
-        "2",
+        str(leases),
         "--json",
         "--no-doctor",
     ]
+    for limit in limits:
+        subprocess.run([*command[:4], "limits", "set", limit], env=environment, check=True, stdout=subprocess.DEVNULL)
     began, legs, current = time.perf_counter(), dict[str, Leg](), ""
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as worker:
         assert worker.stdout is not None
@@ -110,8 +157,9 @@ def _work(server: Server, home: Path) -> tuple[Leg, Leg]:
             if event["event"] == "claimed":
                 current = event["lease_id"]
             if lease_id := event.get("lease_id", current):
-                legs.setdefault(lease_id, Leg()).note(event["event"], now)
-    if worker.returncode or len(legs) != 2:
+                leg = legs.setdefault(lease_id, Leg())
+                leg.note(event["event"], now)
+                leg.size_bytes = max(leg.size_bytes, event["total"] if event["event"] == "uploading" else 0)
+    if worker.returncode or len(legs) != leases:
         raise SystemExit(f"the worker ended with {worker.returncode} after {len(legs)} leases; see {home}")
-    first, second = legs.values()
-    return first, second
+    return list(legs.values())

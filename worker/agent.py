@@ -96,7 +96,7 @@ from worker.training import TRAINER_COMMAND
 from worker.vouching import with_voucher
 
 MAX_FAILURES_IN_A_ROW = 3
-OVERLAP_AFTER_S = 5.0
+OVERLAP_AFTER_S = 3.0
 """An upload that takes longer goes on beside the next lease."""
 _LAST_WORDS_TIMEOUT_S = 10.0
 _VERDICT_LOOK_S = 0.5

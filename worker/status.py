@@ -236,8 +236,10 @@ class Board:
                     now, doing=Doing.TRAINING, reason="", step=event, first=now.first or (event.step, at), last_s=at
                 )
             case Uploading():
-                # The next lease may be trained meanwhile.
-                if now.claimed is not None and now.claimed.lease_id != event.lease_id:
+                # The next lease may be trained meanwhile, until it waits for this upload.
+                beside = now.claimed is not None and now.claimed.lease_id != event.lease_id
+                trained = now.claimed is not None and now.step is not None and now.step.step >= now.claimed.steps
+                if beside and not trained:
                     return replace(now, upload=event)
                 return replace(now, doing=Doing.UPLOADING, reason="", upload=event)
             case Paused():

@@ -55,7 +55,9 @@ def test_the_next_lease_stays_in_the_picture_while_the_delta_before_it_goes_up(s
     assert (both.doing, both.lease.lease_id if both.lease else "") == (Doing.TRAINING, "l2")
     assert both.upload is not None
     assert (both.upload.lease_id, both.upload.done, both.upload.total) == ("l1", 1024, 2048)
-    after = shown.after(end)
+    waits = shown.after(Step(25, 25, 1.9, 81.0), Uploading("l1", 1025, 2048))
+    assert (waits.doing, waits.lease.lease_id if waits.lease else "") == (Doing.UPLOADING, "l2")
+    after = shown.after(Starting("l2"), Step(4, 25, 2.0, 81.0), end)
     assert (after.doing, after.lease.lease_id if after.lease else "", after.upload) == (Doing.TRAINING, "l2", None)
 
 
