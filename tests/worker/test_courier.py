@@ -15,7 +15,7 @@ from test_agent import Machine
 
 from rankup.errors import DeniedError, RankupError, StateError, UnreachableError
 from rankup.protocol import LeaseState, LeaseView, SubmitRequest
-from worker import agent
+from worker import workloop
 from worker.client import StopRequested
 from worker.courier import Courier
 from worker.events import Claimed, Dropped, Paused, Step, Submitted, WorkerEvent
@@ -25,7 +25,7 @@ from worker.limitsfile import change_limits
 
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGateway]:
-    monkeypatch.setattr(agent, "OVERLAP_AFTER_S", 0.05)
+    monkeypatch.setattr(workloop, "OVERLAP_AFTER_S", 0.05)
     with serve(FakeGateway()) as fake:
         yield fake
 
@@ -37,12 +37,13 @@ def machine(gateway: FakeGateway, tmp_path: Path) -> Machine:
 
 @contextmanager
 def slow_line(gateway: FakeGateway, lease_id: str, refused: RankupError | None = None) -> Iterator[threading.Event]:
-    """The delta of this lease is taken, or `refused`, only when the event is set, or after some seconds."""
+    """The delta of this lease is taken, or `refused`, only when the event is set."""
     arrives, submit = threading.Event(), gateway.submit
 
     def late(which: str, said: SubmitRequest, key: str) -> LeaseView:
         if which == lease_id:
-            arrives.wait(4.0)
+            if not arrives.wait(3.0):
+                raise UnreachableError("object storage is slow")
             if refused is not None:
                 raise refused
         return submit(which, said, key)
@@ -108,7 +109,7 @@ def test_no_third_lease_is_claimed_while_a_delta_is_on_its_way(gateway: FakeGate
 
 
 def test_a_short_upload_is_waited_for(gateway: FakeGateway, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent, "OVERLAP_AFTER_S", 5.0)
+    monkeypatch.setattr(workloop, "OVERLAP_AFTER_S", 5.0)
     gateway.offer("l1", "l2")
     with slow_line(gateway, "l1") as arrives:
         threading.Timer(0.5, arrives.set).start()

@@ -25,14 +25,16 @@ from rankup.errors import NotFoundError, StateError
 from rankup.protocol import LeaseState
 from rankup.settings import WorkerSettings
 from rankup.targets import select_targets
-from worker import agent, control, leasework, limits
+from worker import agent, control, leasework, limits, workloop
 from worker.control import Reply, Request, ask, find_socket, socket_path
 from worker.events import (
     Abandoned,
     Claimed,
     Kept,
+    NoWork,
     PageOpened,
     Paused,
+    Problem,
     Resumed,
     Retrying,
     Step,
@@ -45,6 +47,7 @@ from worker.limits import Limits, Readings
 from worker.limitsfile import change_limits
 from worker.pagekey import Door, open_key
 from worker.status import Doing, Status
+from worker.training import TRAINER_COMMAND
 
 PAUSABLE = Path(__file__).with_name("pausable_trainer.py")
 
@@ -132,7 +135,7 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "CLEAR_S", 0.1)
     monkeypatch.setattr("worker.governor.LOOK_EVERY_S", 0.05)
     monkeypatch.setattr("worker.recovery._CRASH_PAUSE_S", 0.0)
-    monkeypatch.setattr(agent, "_VERDICT_LOOK_S", 0.05)
+    monkeypatch.setattr(workloop, "_VERDICT_LOOK_S", 0.05)
 
 
 @pytest.fixture
@@ -362,9 +365,9 @@ def test_a_delta_that_is_finished_while_quiet_is_wanted_waits(gateway: FakeGatew
 def test_a_broken_limits_file_is_told_and_the_limits_before_it_hold(gateway: FakeGateway, guest: Guest) -> None:
     change_limits_of(guest, "idle_time_to_run=7")
     guest.start(leases=None)
-    guest.wait_for(agent.NoWork)
+    guest.wait_for(NoWork)
     (guest.home / "limits.yaml").write_text("idle_time_to_run: [")
-    assert "not YAML" in guest.wait_for(agent.Problem).error.cause
+    assert "not YAML" in guest.wait_for(Problem).error.cause
     assert guest.ask("status").limits.idle_time_to_run == 7
     guest.end(stop=True)
 
@@ -377,7 +380,7 @@ def test_the_socket_is_its_owners_and_that_of_a_dead_agent_is_replaced(gateway: 
     with pytest.raises(NotFoundError, match="left from one that died"):
         find_socket(guest.home)
     guest.start(leases=None)
-    guest.wait_for(agent.NoWork)
+    guest.wait_for(NoWork)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert guest.ask("status").pid == os.getpid()
     guest.end(stop=True)
@@ -409,7 +412,7 @@ def test_a_real_training_is_paused_in_seconds_and_ends_with_the_same_bits(
 
     gateway.offer("l1")
     guest.patience_s = 300.0
-    guest.start(pull=link_base, trainer_command=agent.TRAINER_COMMAND, name=None)
+    guest.start(pull=link_base, trainer_command=TRAINER_COMMAND, name=None)
     guest.wait_for(Step, step=3)
     # Other tests of the same process may have left servers running.
     children = [child for child in psutil.Process().children(recursive=True) if "worker.trainer" in child.cmdline()]
